@@ -108,27 +108,36 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     views: int = 1
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected (batch, channels, ...), got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalises (V*B, C, ...)."""
+        if not self.training:
+            return super().forward(input)
         self._check_input_dim(input)
-        if not self.training or (world_size() == 1 and self.views == 1):
-            if not self.training:
-                return super().forward(input)
-            update = self.track_running_stats and not _recomputing
-            if update and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            mean, var = (self.running_mean, self.running_var) if update else (None, None)
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self._momentum(), self.eps)
+        if world_size() == 1 and self.views == 1:
+            return self._forward_alone(input)
         if input.shape[0] % self.views:
             raise ValueError(f"a batch of {input.shape[0]} images does not divide into {self.views} views")
         out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, self.views)
         if self.track_running_stats and not _recomputing:
             self._update_running(mean_VC, var_VC * (count / max(count - 1, 1)))
         return out
+
+    def _forward_alone(self, input: Tensor) -> Tensor:
+        """Torch's own kernel: one process, one set of statistics."""
+        if _recomputing or not self.track_running_stats:
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, True, self._momentum(), self.eps
+        )
 
     @torch.no_grad()
     def _update_running(self, mean_VC: Tensor, var_VC: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input from outside (a recipe, a file, an argument); the command line prints it as one line and exits with 2."""
+    """Bad input from outside: a recipe, a file, an argument. The command line prints one line and exits with 2."""
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -1,0 +1,97 @@
+"""Where a run's images come from and how they are stored, as one strict dataclass: every default stands here once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from hf_ssl_or.errors import InputError
+
+
+@strict
+@dataclass(kw_only=True)
+class DataArguments:
+    """Settings of the data.
+
+    Attributes:
+        dataset: A Hub id, a folder of parquet files or of `save_to_disk`, a folder of images (flat, or with one
+            subfolder per class, or with `train` and `test` subfolders of either kind), a WebDataset pattern such as
+            "shards/train-{000..009}.tar" ("{split}" in it stands for the split's name), or the built-in "shapes".
+        dataset_config: Configuration of a Hub dataset that has several.
+        train_split: Name of the split that is trained on.
+        test_split: Name of the split that is evaluated on.
+        image_column: Column of the images; None finds it.
+        label_column: Column of the labels; None finds it, or goes without labels.
+        image_size: Side of the square views in pixels, where a view does not say otherwise.
+        fraction: Share of the training images that is used: a seeded subset, class by class if there are labels.
+        fraction_seed: Key of that subset.
+        mean: Mean per channel of images in [0, 1]; None measures it on the training images in use.
+        std: Standard deviation per channel; None measures it too.
+        cache: "disk" decodes once into a file that later runs map into memory; "none" writes nothing; "auto" writes a
+            file unless the decoded set is small.
+        cache_dir: Folder of these files; None: `$HF_SSL_OR_CACHE`, else `hf_ssl_or` beside the Hub's own cache.
+        cache_size: Side of the stored square images. None: `image_size` if the originals are at most 96 pixels, else
+            1.15 times that. Larger keeps more detail in small crops and costs disk by the square.
+        max_corrupt: Share of the images that may be unreadable: they are left out and named.
+        num_workers: Threads or processes that decode; 0 takes one per core, up to 8.
+        shapes_train: Training images of the built-in set.
+        shapes_test: Test images of the built-in set.
+    """
+
+    dataset: str
+    dataset_config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int = 32
+    fraction: float | int = 1.0
+    fraction_seed: int = 0
+    mean: list[float | int] | None = None
+    std: list[float | int] | None = None
+    cache: Literal["auto", "disk", "none"] = "auto"
+    cache_dir: str | None = None
+    cache_size: int | None = None
+    max_corrupt: float | int = 0.01
+    num_workers: int = 0
+    shapes_train: int = 10_000
+    shapes_test: int = 2_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 1), ("cache_size", 1), ("num_workers", 0), ("shapes_train", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"data.{name}: at least {least}, not {value}")
+        if self.shapes_test < 0:
+            raise InputError(f"data.shapes_test: at least 0, not {self.shapes_test}")
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"data.fraction: more than 0 and at most 1, not {self.fraction}")
+        if not 0 <= self.max_corrupt < 1:
+            raise InputError(f"data.max_corrupt: a share from 0 to less than 1, not {self.max_corrupt}")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("data.mean, data.std: give both or neither")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise InputError(f"data.{name}: three numbers (red, green, blue), not {len(value)}")
+        if self.std is not None and min(self.std) <= 0:
+            raise InputError(f"data.std: more than 0 in each channel, not {min(self.std)}")
+        if not self.dataset:
+            raise InputError("data.dataset: a Hub id, a folder, a pattern of .tar files or 'shapes', not an empty name")
+
+    def workers(self) -> int:
+        """Number of threads or processes that decode."""
+        return self.num_workers or min(8, len(os.sched_getaffinity(0)))
+
+    def cache_folder(self) -> Path:
+        """Folder of the decoded images."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        if folder := os.environ.get("HF_SSL_OR_CACHE"):
+            return Path(folder).expanduser()
+        home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+        return Path(home).expanduser() / "hf_ssl_or"

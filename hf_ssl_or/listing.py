@@ -1,0 +1,49 @@
+"""What `hf-ssl-or list` shows."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from hf_ssl_or.errors import InputError
+
+
+def names_and_notes(what: str, pattern: str = "*") -> list[tuple[str, str]]:
+    """Gives (name, one-line note) of all methods, encoders, protocols or recipes whose name matches `pattern`."""
+    rows = {"methods": _methods, "encoders": _encoders, "protocols": _protocols, "recipes": _recipes}[what]()
+    return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
+
+
+def _methods() -> list[tuple[str, str]]:
+    from hf_ssl_or.methods import available_methods, get_method
+
+    def first_line(name: str) -> str:
+        import sys
+
+        return (sys.modules[get_method(name).__module__].__doc__ or "").strip().splitlines()[0]
+
+    return [(name, first_line(name)) for name in available_methods()]
+
+
+def _encoders() -> list[tuple[str, str]]:
+    from hf_ssl_or.models.auto import list_encoders
+
+    return [(name, "") for name in list_encoders()]
+
+
+def _protocols() -> list[tuple[str, str]]:
+    from hf_ssl_or.evaluation.protocols import available_protocols, get_protocol
+
+    return [(name, f"hash {get_protocol(name).hash}") for name in available_protocols()]
+
+
+def _recipes() -> list[tuple[str, str]]:
+    folder = Path("recipes")
+    if not folder.is_dir():
+        raise InputError("recipes: no such folder here; run this in a clone of the repository")
+    paths = sorted(path for path in folder.rglob("*.yaml") if "accelerate" not in path.parts and _is_run(path))
+    return [(str(path), path.read_text().partition("\n")[0].lstrip("# ")) for path in paths]
+
+
+def _is_run(path: Path) -> bool:
+    return not path.name.startswith("defaults")

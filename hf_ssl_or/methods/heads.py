@@ -1,0 +1,86 @@
+"""Three heads for all methods: projection, prediction, prototypes. Input and output are (V, B, ...).
+
+A head sees all views in one call, view after view, so that batch normalisation sees them as the encoder's does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ProjectionHead(nn.Module):
+    """An MLP: (Linear, BatchNorm, ReLU) times `layers` - 1, then Linear.
+
+    Args:
+        in_features: Width of the input.
+        hidden_features: Width of the hidden layers.
+        out_features: Width of the output.
+        layers: Number of linear layers.
+        norm: Batch normalisation after hidden layers, whose linear layers then have no bias.
+        last_norm: Batch normalisation without scale and shift after the last layer, which then has no bias.
+        gelu: GELU instead of ReLU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        layers: int = 2,
+        norm: bool = True,
+        last_norm: bool = False,
+        gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_features, *[hidden_features] * (layers - 1)]
+        modules: list[nn.Module] = []
+        for width, next_width in zip(widths, widths[1:], strict=False):
+            modules.append(nn.Linear(width, next_width, bias=not norm))
+            if norm:
+                modules.append(nn.BatchNorm1d(next_width))
+            modules.append(nn.GELU() if gelu else nn.ReLU(inplace=norm))
+        modules.append(nn.Linear(widths[-1], out_features, bias=not last_norm))
+        if last_norm:
+            modules.append(nn.BatchNorm1d(out_features, affine=False))
+        self.mlp = nn.Sequential(*modules)
+        self.out_features = out_features
+
+    def forward(self, x_VBF: Tensor) -> Tensor:
+        """Maps (V, B, in_features) to (V, B, out_features)."""
+        return self.mlp(x_VBF.flatten(0, 1)).unflatten(0, x_VBF.shape[:2])
+
+
+class PredictionHead(ProjectionHead):
+    """The predictor of a teacher's projection: Linear, BatchNorm, ReLU, Linear, from D to D.
+
+    Args:
+        features: D, the width of the projections.
+        hidden_features: Width of the hidden layer.
+        last_norm: As in `ProjectionHead`.
+    """
+
+    def __init__(self, features: int, hidden_features: int, *, last_norm: bool = False) -> None:
+        super().__init__(features, hidden_features, features, last_norm=last_norm)
+
+
+class PrototypeHead(nn.Module):
+    """Cosine similarities to K learned prototypes (Caron et al., SwAV, NeurIPS 2020; DINO, ICCV 2021).
+
+    Both inputs and prototypes are scaled to unit length here, so nothing has to be renormalised after a step.
+
+    Args:
+        in_features: Width D of the input.
+        prototypes: Their number K.
+    """
+
+    def __init__(self, in_features: int, prototypes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(prototypes, in_features))
+        nn.init.trunc_normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, z_VBD: Tensor) -> Tensor:
+        """Maps (V, B, D) to similarities (V, B, K) in [-1, 1]."""
+        return F.linear(F.normalize(z_VBD, dim=-1), F.normalize(self.weight, dim=-1))

@@ -1,0 +1,221 @@
+"""Orthogonality penalties of a weight matrix, and their gradients in closed form for stacks of matrices.
+
+A weight is the matrix W of shape (out, in * kh * kw), and every penalty looks at M = G - I, where G is the smaller of
+the two Grams: G = W W^T if out <= in * kh * kw, else W^T W. Turned on its side where needed, W is a wide matrix A
+(R <= C) with G = A A^T, so each formula is written once.
+
+Shape letters: L matrices of one shape, O outputs, I inputs (in * kh * kw), R rows and C columns of A.
+
+Sources: Bansal, Chen, Wang, "Can we gain more from orthogonality regularizations in training deep CNNs?", NeurIPS 2018
+(SO, DSO, MC, SRIP); He, Du, Ma, "Preventing dimensional collapse in self-supervised learning via orthogonality
+regularization", NeurIPS 2024 (the smaller Gram, SRIP unsquared).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Penalties, with autograd: (..., O, I) -> (...)
+
+
+def so(w_OI: Tensor) -> Tensor:
+    """Soft orthogonality ||G - I||_F^2: the sum over singular values s of (s^2 - 1)^2."""
+    return deviation(w_OI).square().sum((-2, -1))
+
+
+def dso(w_OI: Tensor) -> Tensor:
+    """Double soft orthogonality ||W W^T - I||_F^2 + ||W^T W - I||_F^2.
+
+    The bigger Gram has the eigenvalues of the smaller one and |O - I| zeros, each of which adds 1. So this is twice
+    `so` plus a constant, and the bigger Gram is never formed.
+    """
+    return 2 * so(w_OI) + abs(w_OI.shape[-2] - w_OI.shape[-1])
+
+
+def mutual_coherence(w_OI: Tensor) -> Tensor:
+    """The largest |entry| of G - I.
+
+    Bansal et al. take the Gram of the filters; here it is the smaller Gram, as in the other penalties, because the
+    bigger one cannot become the identity.
+    """
+    return deviation(w_OI).abs().amax((-2, -1))
+
+
+def srip(w_OI: Tensor) -> Tensor:
+    """The spectral norm of G - I, from all its eigenvalues: exact, and slow. Its gradient is +-2 W v v^T."""
+    return srip_along(w_OI, dominant_vectors(w_OI))
+
+
+def srip_along(w_OI: Tensor, v_R: Tensor) -> Tensor:
+    """|v^T (G - I) v| with the unit vector v held constant: `srip` if v is the dominant eigenvector, else less.
+
+    Args:
+        w_OI: Matrices (..., O, I).
+        v_R: Unit vectors (..., R), R = min(O, I).
+    """
+    along_C = _multiply(_wide(w_OI).mT, v_R)
+    return (along_C.square().sum(-1) - v_R.square().sum(-1)).abs()
+
+
+def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
+    """The estimate ||M^k v|| / ||M^(k-1) v|| of the spectral norm, k = iterations; all of it carries gradient.
+
+    Two iterations are the estimate of He et al. (section 4): u = M v, v' = M u, sigma = ||v'|| / ||u||.
+
+    Args:
+        w_OI: Matrices (..., O, I).
+        v_R: Start vectors (..., R), not zero; the paper draws them from a normal distribution at every step.
+        iterations: Number of products with M, at least 1.
+    """
+    a_RC = _wide(w_OI)
+    u_R = v_R / v_R.norm(dim=-1, keepdim=True)
+    for _ in range(iterations - 1):
+        product_R = _deviate(a_RC, u_R)
+        u_R = product_R / product_R.norm(dim=-1, keepdim=True)
+    return _deviate(a_RC, u_R).norm(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same with gradients in closed form, no graph, no host synchronisation: (L, O, I) -> (L,) and (L, O, I)
+
+
+def so_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
+    """`so` and its gradient 4 (W W^T - I) W, or 4 W (W^T W - I)."""
+    m_LRR = deviation(w_LOI)
+    return m_LRR.square().sum((-2, -1)), _gradient(m_LRR, w_LOI, 4)
+
+
+def dso_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
+    """`dso` and its gradient, twice that of `so`."""
+    m_LRR = deviation(w_LOI)
+    constant = abs(w_LOI.shape[-2] - w_LOI.shape[-1])
+    return 2 * m_LRR.square().sum((-2, -1)) + constant, _gradient(m_LRR, w_LOI, 8)
+
+
+def mutual_coherence_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
+    """`mutual_coherence` and its gradient: with entry (i, j) the largest, +-a_j in row i of A and +-a_i in row j."""
+    a_LRC = _wide(w_LOI)
+    m_LE = deviation(w_LOI).flatten(1)
+    entry_L1 = m_LE.abs().argmax(1, keepdim=True)
+    value_L1 = m_LE.gather(1, entry_L1)
+    i_L1C, j_L1C = (row_L1[:, None].expand(-1, 1, a_LRC.shape[2]) for row_L1 in _divmod(entry_L1, a_LRC.shape[1]))
+    sign_L11 = value_L1.sign()[:, None]
+    grad_LRC = torch.zeros_like(a_LRC)
+    grad_LRC.scatter_add_(1, i_L1C, sign_L11 * a_LRC.gather(1, j_L1C))
+    grad_LRC.scatter_add_(1, j_L1C, sign_L11 * a_LRC.gather(1, i_L1C))
+    return value_L1[:, 0].abs(), _upright(grad_LRC, w_LOI)
+
+
+def srip_along_and_grad(w_LOI: Tensor, v_LR: Tensor) -> tuple[Tensor, Tensor]:
+    """`srip_along` and its gradient 2 sign v (A^T v)^T, where the sign is that of v^T (G - I) v."""
+    along_LC = _multiply(_wide(w_LOI).mT, v_LR)
+    quotient_L = along_LC.square().sum(-1) - v_LR.square().sum(-1)
+    scaled_LR = (2 * quotient_L.sign())[:, None] * v_LR
+    return quotient_L.abs(), _upright(scaled_LR[:, :, None] * along_LC[:, None, :], w_LOI)
+
+
+def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tuple[Tensor, Tensor]:
+    """`srip_power` and its gradient through every product: the chain walked backwards by hand, 2 vectors a product.
+
+    The estimate does not change with the length of u, so the divisions by the lengths are constants in backward.
+    """
+    a_LRC = _wide(w_LOI)
+    inputs, lengths = [v_LR / v_LR.norm(dim=-1, keepdim=True)], []
+    for _ in range(iterations - 1):
+        product_LR = _deviate(a_LRC, inputs[-1])
+        lengths.append(product_LR.norm(dim=-1, keepdim=True))
+        inputs.append(product_LR / lengths[-1])
+    product_LR = _deviate(a_LRC, inputs[-1])
+    value_L1 = product_LR.norm(dim=-1, keepdim=True)
+    outputs = [product_LR / value_L1]  # gradients of the products M u, last product first
+    back_LR = _deviate(a_LRC, outputs[0]) - value_L1 * inputs[-1]
+    for length_L1 in reversed(lengths):
+        outputs.append(back_LR / length_L1)
+        back_LR = _deviate(a_LRC, outputs[-1])
+    u_LRP, g_LRP = torch.stack(inputs, -1), torch.stack(outputs[::-1], -1)
+    left_LRQ, right_LRQ = torch.cat([g_LRP, u_LRP], -1), torch.cat([u_LRP, g_LRP], -1)
+    return value_L1[:, 0], _upright(left_LRQ @ (right_LRQ.mT @ a_LRC), w_LOI)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eigenvectors of G - I
+
+
+@torch.no_grad()
+def dominant_vectors(w_OI: Tensor) -> Tensor:
+    """Unit eigenvectors (..., R) of G - I whose eigenvalue is largest in absolute value, by full decomposition."""
+    values_R, vectors_RR = torch.linalg.eigh(deviation(w_OI))
+    best = values_R.abs().argmax(-1)[..., None, None]
+    return vectors_RR.gather(-1, best.expand(*vectors_RR.shape[:-1], 1)).squeeze(-1)
+
+
+@torch.no_grad()
+def refine_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
+    """Improves unit vectors towards the dominant eigenvectors of M = G - I: the best unit vectors in span(v, M v).
+
+    Plain power iteration stalls where M has eigenvalues near +s and -s, which a penalty on the larger of the two
+    brings about. The best vector of the plane (a Lanczos step of two dimensions, solved in closed form) does not, costs
+    as many products, and never lowers |v^T M v|.
+
+    Args:
+        w_LOI: Matrices.
+        v_LR: Unit vectors, R = min(O, I).
+
+    Returns:
+        Unit vectors (L, R).
+    """
+    a_LRC = _wide(w_LOI)
+    product_LR = _deviate(a_LRC, v_LR)
+    first_L1 = (v_LR * product_LR).sum(-1, keepdim=True)
+    rest_LR = product_LR - first_L1 * v_LR
+    across_L1 = rest_LR.norm(dim=-1, keepdim=True)
+    rounding_L1 = 10 * torch.finfo(a_LRC.dtype).eps * (1 + first_L1.abs())
+    across_L1 = torch.where(across_L1 > rounding_L1, across_L1, 0)  # below, v is an eigenvector already
+    other_LR = torch.where(across_L1 > 0, rest_LR / across_L1, 0)
+    second_L1 = _multiply(a_LRC.mT, other_LR).square().sum(-1, keepdim=True) - other_LR.square().sum(-1, keepdim=True)
+    angle_L1 = torch.atan2(2 * across_L1, first_L1 - second_L1) / 2  # of the larger eigenvalue of the 2 x 2 problem
+    angle_L1 = torch.where(first_L1 + second_L1 < 0, angle_L1 + math.pi / 2, angle_L1)
+    best_LR = angle_L1.cos() * v_LR + angle_L1.sin() * other_LR
+    return best_LR / best_LR.norm(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The smaller Gram
+
+
+def deviation(w_OI: Tensor) -> Tensor:
+    """G - I, shape (..., R, R), where G is the smaller Gram of W."""
+    a_RC = _wide(w_OI)
+    m_RR = a_RC @ a_RC.mT
+    m_RR.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return m_RR
+
+
+def _wide(w_OI: Tensor) -> Tensor:
+    return w_OI if w_OI.shape[-2] <= w_OI.shape[-1] else w_OI.mT
+
+
+def _upright(a_LRC: Tensor, w_LOI: Tensor) -> Tensor:
+    return a_LRC if a_LRC.shape == w_LOI.shape else a_LRC.mT
+
+
+def _gradient(m_LRR: Tensor, w_LOI: Tensor, factor: int) -> Tensor:
+    left_LXY, right_LYZ = (m_LRR, w_LOI) if m_LRR.shape[-1] == w_LOI.shape[-2] else (w_LOI, m_LRR)
+    return torch.baddbmm(w_LOI, left_LXY, right_LYZ, beta=0, alpha=factor)
+
+
+def _multiply(a_RC: Tensor, v_C: Tensor) -> Tensor:
+    return (a_RC @ v_C[..., None])[..., 0]
+
+
+def _deviate(a_RC: Tensor, v_R: Tensor) -> Tensor:
+    """(A A^T - I) v as two matrix-vector products."""
+    return _multiply(a_RC, _multiply(a_RC.mT, v_R)) - v_R
+
+
+def _divmod(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return x // size, x % size

@@ -1,0 +1,55 @@
+"""A picture of what the method will see: one row per image, the clean image and its views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.recipe import Recipe
+from hf_ssl_or.run import view_specs
+
+TILE = 96  # pixels of a tile's side: small images are enlarged so that a person can see them
+GAP = 4
+
+
+def draw_preview(recipe: Recipe, path: Path, *, images: int = 8) -> None:
+    """Writes a PNG of the recipe's views of some images, drawn with the run's own keys for epoch 0.
+
+    Args:
+        recipe: Gives the images and the views.
+        path: The PNG.
+        images: How many images to show, one per row.
+    """
+    if images < 1:
+        raise InputError(f"--images: at least 1, not {images}")
+    data = load_images(recipe.data, recipe.data.train_split)
+    index_B = np.linspace(0, len(data) - 1, min(images, len(data))).astype(np.int64)
+    source = data.batch(torch.from_numpy(index_B), torch.device("cpu"))
+    rows = [clean_views(source, data.image_size, (0.0,) * 3, (1.0,) * 3)[None]]
+    for specs in view_specs(recipe):
+        if specs:
+            parameters = draw_parameters(
+                specs, seed=recipe.training.seed, epoch=0, index_B=index_B, source_size=source.shape[-1]
+            )
+            rows.append(render_views(source, parameters, (0.0,) * 3, (1.0,) * 3))
+    try:
+        Image.fromarray(_grid(rows)).save(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written as a picture ({error})") from error
+
+
+def _grid(groups: list[Tensor]) -> np.ndarray:
+    """Lays out groups of (V, B, 3, h, w) in [0, 1] as one (H, W, 3) uint8 picture, B rows."""
+    tiles = [F.interpolate(view_BCHW, size=(TILE, TILE), mode="nearest") for group in groups for view_BCHW in group]
+    columns = torch.stack(tiles, 1)  # (B, 1 + V, 3, TILE, TILE)
+    padded = F.pad(columns, (GAP, 0, GAP, 0), value=1.0)
+    picture = padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()

@@ -1,0 +1,279 @@
+"""A run as data: YAML with dotted overrides, read into strict typed settings.
+
+A recipe may start from another with `defaults: ../resnet18.yaml` (a path relative to itself); its own keys win, key by
+key. An unknown key is an error that names the nearest valid one. What was resolved is written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.errors import InputError, unknown
+from hf_ssl_or.evaluation.protocols import EvaluationArguments
+from hf_ssl_or.methods import get_method
+from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.structures import ViewSpec
+from hf_ssl_or.training.arguments import TrainingArguments
+
+
+@strict
+@dataclass(kw_only=True)
+class EncoderArguments:
+    """Which encoder is trained, see `hf_ssl_or.create_encoder`.
+
+    Attributes:
+        name: Architecture, see `hf-ssl-or list encoders`.
+        stem: ResNets: "standard", or "small" (3x3, stride 1, no max-pool) for images of 32-64 pixels.
+        patch_size: ViTs: side of a patch in pixels.
+        channels: ResNets: channels of each stage, for slimmer or wider nets.
+        init_from: Starts from these weights: a timm name, a Hub id or a folder.
+        model_args: Further keyword arguments of the timm model.
+    """
+
+    name: str = "resnet18"
+    stem: str | None = None
+    patch_size: int | None = None
+    channels: list[int] | None = None
+    init_from: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ViewArguments:
+    """How many views each image gives, and how they are drawn.
+
+    Attributes:
+        count: Number of views.
+        specs: Augmentation of the views, repeated in turn when shorter than `count`; None takes the method's.
+        local_count: Number of smaller views, for methods with multi-crop.
+        local_specs: Augmentation of the smaller views, which must set `size`.
+    """
+
+    count: int = 2
+    specs: list[ViewSpec] | None = None
+    local_count: int = 0
+    local_specs: list[ViewSpec] | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise InputError(f"views.count: a method compares at least 2 views, not {self.count}")
+        if self.local_count and not self.local_specs:
+            raise InputError("views.local_specs: local_count needs at least one spec that sets size")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that a run depends on.
+
+    Attributes:
+        data: Images to train on.
+        evaluation_data: Labelled images to judge the encoder on; None takes the splits of `data`.
+        encoder: The encoder.
+        method_name: Name of the method.
+        method: Settings of the method, of its own strict type.
+        views: The views.
+        orthogonality: The penalty on the encoder's weights.
+        training: The loop.
+        evaluation: The protocols that judge the result.
+    """
+
+    data: DataArguments
+    evaluation_data: DataArguments | None = None
+    encoder: EncoderArguments = field(default_factory=EncoderArguments)
+    method_name: str = "barlow_twins"
+    method: Any = None
+    views: ViewArguments = field(default_factory=ViewArguments)
+    orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+    evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the resolved recipe as plain data, as it would be written in YAML."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        plain["method"] = {"name": plain.pop("method_name"), **plain["method"]}
+        return plain
+
+    def identity(self) -> dict[str, Any]:
+        """Gives the part that decides the weights: what only logs, saves, stores or judges is left out."""
+        plain = self.to_dict()
+        for section, keys in _NO_INFLUENCE.items():
+            for key in keys:
+                plain[section].pop(key)
+        return {key: plain[key] for key in ("data", "encoder", "method", "views", "orthogonality", "training")}
+
+    def override(self, overrides: Sequence[str]) -> Recipe:
+        """Gives a recipe with dotted settings replaced, say "training.epochs=5"."""
+        tree = self.to_dict()
+        for override in overrides:
+            _apply(tree, override)
+        return recipe_from_dict(tree)
+
+
+_NO_INFLUENCE = {
+    "data": ("cache", "cache_dir", "num_workers"),
+    "training": (
+        *("log_every", "monitor_every", "monitor_images", "save_every", "save_steps", "keep_last", "keep_best"),
+        *("trackers", "gradient_accumulation_steps"),
+    ),
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: Dotted settings that win over the file, say "training.epochs=5"; values are read as YAML.
+
+    Raises:
+        InputError: A file, key or value is wrong; the message names it.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return recipe_from_dict(tree, str(path))
+
+
+def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Builds a recipe from plain data, as `Recipe.to_dict` gives it; `source` names it in errors."""
+    tree = dict(tree)
+    if "data" not in tree:
+        raise InputError(f"{source}: the key data is missing; say which images, for example data: {{dataset: shapes}}")
+    hints = typing.get_type_hints(Recipe)
+    known = set(hints) - {"method_name"}
+    for key in tree:
+        if key not in known:
+            raise _in(source, unknown("key", str(key), known))
+    values: dict[str, Any] = {}
+    for key in tree.keys() - {"method"}:
+        if tree[key] is not None:
+            values[key] = _convert(hints[key], tree[key], key, source)
+    method = tree.get("method") or {}
+    method = dict(_mapping({"name": method} if isinstance(method, str) else method, "method", source))
+    values["method_name"] = method.pop("name", "barlow_twins")
+    config_class = get_method(values["method_name"]).config_class
+    values["method"] = _build(config_class, method, "method", source)
+    return Recipe(**values)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe as YAML that `load_recipe` reads back."""
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=119))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From plain data to typed settings
+
+
+def _build(cls: type, tree: Any, path: str, source: str) -> Any:
+    tree = _mapping(tree, path, source)
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in names:
+            raise _in(source, unknown(f"key in {path}", str(key), names))
+    values = {key: _convert(hints[key], value, f"{path}.{key}", source) for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{source}: {reason if reason.startswith(path) else f'{path}: {reason}'}") from error
+
+
+def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
+    """Turns mappings into the dataclass that `hint` wants, alone, optional or in a list, and lists into tuples."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and value is not None:
+            return _build(typing.cast(type, option), value, path, source)
+        arguments = typing.get_args(option)
+        if typing.get_origin(option) is list and dataclasses.is_dataclass(arguments[0]) and value is not None:
+            if not isinstance(value, list):
+                raise InputError(f"{source}: {path}: a list is wanted, not {value!r}")
+            return [_build(arguments[0], item, f"{path}[{i}]", source) for i, item in enumerate(value)]
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(value)
+    return value
+
+
+def _mapping(tree: Any, path: str, source: str) -> Mapping[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{source}: {path}: key: value pairs are wanted, not {tree!r}")
+    return tree
+
+
+def _in(source: str, error: InputError) -> InputError:
+    return InputError(f"{source}: {error}")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-6 as a number, as YAML 1.2 does and people expect."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = _parse(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5])
+        raise InputError(f"{path}: cannot be read ({error}){f'; beside it: {near}' if near else ''}") from error
+    tree = dict(_mapping(tree or {}, "the file", str(path)))
+    if base := tree.pop("defaults", None):
+        return _merge(_read(path.parent / str(base)), tree)
+    return tree
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise InputError(f"{override!r}: an override looks like training.epochs=5")
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[key] = _parse(text, override)

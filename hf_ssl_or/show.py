@@ -1,0 +1,72 @@
+"""What a finished run prints: accuracies beside their baselines, signs of collapse, and how to load the encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LOAD = """\
+from transformers import AutoModel
+import hf_ssl_or  # or, without this package: AutoModel.from_pretrained(..., trust_remote_code=True)
+encoder = AutoModel.from_pretrained("{folder}")"""
+
+COLLAPSE_MEANINGS = {
+    "rankme": "RankMe (higher: more dimensions in use)",
+    "effective_rank": "effective rank",
+    "participation_ratio": "participation ratio",
+    "alpha_req": "alpha-ReQ (near 1 is good)",
+    "nesum": "NESum",
+    "feature_std": "feature standard deviation",
+}
+
+
+def print_results(results: dict[str, Any], folder: Path) -> None:
+    """Prints the results of a run."""
+    console = Console(highlight=False)
+    print_evaluation(results, console)
+    console.print("\nLoad it:")
+    console.print(LOAD.format(folder=folder / "encoder"), markup=False, soft_wrap=True)
+
+
+def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
+    """Prints accuracies and collapse measures of `results.json`."""
+    console = console or Console(highlight=False)
+    evaluation = results["evaluation"]
+    if evaluation["protocols"]:
+        console.print(_accuracies(evaluation["protocols"], results.get("baselines", {})))
+    else:
+        console.print("No labels: only label-free measures. Set evaluation_data to judge with kNN and probes.")
+    console.print(_collapse(evaluation["collapse"]))
+
+
+def _accuracies(protocols: list[dict[str, Any]], baselines: dict[str, Any]) -> Table:
+    table = Table(title="Accuracy on the test images, %")
+    table.add_column("protocol")
+    table.add_column("measure")
+    for name in ("encoder", *baselines):
+        table.add_column({"untrained": "untrained encoder", "pixels": "raw pixels"}.get(name, name), justify="right")
+    for entry in protocols:
+        for measure, value in entry["metrics"].items():
+            spread = f" ± {value['std']:.2f}" if len(entry["seeds"]) > 1 else ""
+            others = [_baseline(baselines[name], entry["protocol"], measure) for name in baselines]
+            table.add_row(entry["protocol"], measure, f"{value['mean']:.2f}{spread}", *others)
+    return table
+
+
+def _baseline(entries: list[dict[str, Any]], protocol: str, measure: str) -> str:
+    for entry in entries:
+        if entry["protocol"] == protocol:
+            return f"{entry['metrics'][measure]['mean']:.2f}"
+    return ""
+
+
+def _collapse(measures: dict[str, float]) -> Table:
+    table = Table(title=f"Collapse, {measures['samples']:.0f} images, {measures['dimension']:.0f} dimensions")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, meaning in COLLAPSE_MEANINGS.items():
+        table.add_row(meaning, f"{measures[name]:.3f}")
+    return table

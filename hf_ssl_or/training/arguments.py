@@ -1,0 +1,76 @@
+"""What a training run needs to know, as one strict dataclass: every default stands here once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.training.optim import OptimizerArguments
+
+
+@strict
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """Settings of the training loop. Sizes and counts are those of the whole run, never of one process.
+
+    Attributes:
+        seed: Key of all randomness: weights, order, augmentation, penalties, probes.
+        epochs: Passes over the training images.
+        max_steps: Ends the run after so many steps instead of `epochs`; the schedules span these steps.
+        batch_size: Images per step over all processes; each gives V views.
+        gradient_accumulation_steps: Encodes the batch in so many parts to save memory. Exact: the loss, its statistics
+            and the gradient stay those of the whole batch, at the price of computing activations twice.
+        optimizer: The optimizer and its learning-rate schedule.
+        max_grad_norm: Clips the gradient, penalty included, to this norm; None leaves it.
+        mixed_precision: "bf16" or "fp16" autocast; losses, penalties and statistics stay in float32.
+        device: "auto" takes a GPU if there is one.
+        channels_last: Memory format of the encoder and its images.
+        compile: Compiles the encoder with `torch.compile`.
+        batch_norm: "global": statistics over all views and processes; "per_view": over each view and all processes,
+            for comparison with code that forwards view by view.
+        log_every: Steps between two lines of `metrics.jsonl`.
+        monitor_every: Epochs between two looks at ranks, spectra and kNN; 0 never looks.
+        monitor_images: Images that each look takes (from the training set, and from the test set for kNN).
+        save_every: Epochs between two checkpoints; the last state is always saved.
+        save_steps: Steps between two checkpoints, instead of `save_every`.
+        keep_last: How many checkpoints stay; None keeps all.
+        keep_best: Also keeps the checkpoint with the highest RankMe (needs no labels) or kNN accuracy.
+        trackers: Trackers of accelerate: tensorboard, trackio, wandb.
+    """
+
+    seed: int = 0
+    epochs: int = 100
+    max_steps: int | None = None
+    batch_size: int = 256
+    gradient_accumulation_steps: int = 1
+    optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    max_grad_norm: float | int | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: Literal["auto", "cpu"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    batch_norm: Literal["global", "per_view"] = "global"
+    log_every: int = 20
+    monitor_every: int = 10
+    monitor_images: int = 4096
+    save_every: int = 10
+    save_steps: int | None = None
+    keep_last: int | None = 2
+    keep_best: Literal["rankme", "knn"] | None = None
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "batch_size", "gradient_accumulation_steps", "log_every", "monitor_images", "save_every")
+        for name in (*counts, "max_steps", "save_steps", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"training.{name}: at least 1, not {value}")
+        if self.monitor_every < 0:
+            raise InputError(f"training.monitor_every: 0 (never) or a number of epochs, not {self.monitor_every}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(f"training.max_grad_norm: more than 0, or null for no clipping, not {self.max_grad_norm}")
+        if self.keep_best and not self.monitor_every:
+            raise InputError("training.keep_best: needs training.monitor_every above 0, which measures what is best")

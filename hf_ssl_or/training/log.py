@@ -1,0 +1,72 @@
+"""The run's numbers: one JSON object per line in `metrics.jsonl`, and the same to the trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class MetricLog:
+    """Appends to a run's `metrics.jsonl`; only the main process writes.
+
+    Args:
+        path: The file. On resume, lines at or after `start_step` are dropped first: they will be written again.
+        accelerator: Passes the numbers on to its trackers.
+        start_step: First step of this session of the run.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
+        self.path, self.accelerator = path, accelerator
+        if accelerator.is_main_process and path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] < start_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, path)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes one line: `kind` is "train" or "monitor", `step` the number of finished steps minus one."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Meter:
+    """Sums named scalars on their device between two log lines, so that a step never waits for the host."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's detached scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def fetch(self) -> dict[str, float]:
+        """Returns the means since the last fetch, with one transfer, and starts anew."""
+        if not self.count:
+            return {}
+        means = (torch.stack(list(self.sums.values())) / self.count).tolist()
+        names, self.sums, self.count = list(self.sums), {}, 0
+        return dict(zip(names, means, strict=True))

@@ -1,0 +1,100 @@
+"""What a person sees of a running training: one bar on a terminal, one line per log interval elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Served(Protocol):
+    """What the clock reads from a loader."""
+
+    wait_s: float
+    steps_served: int
+
+
+class RunProgress:
+    """Progress of a run on standard error.
+
+    Args:
+        start: Steps that were done before this session of the run.
+        total: Steps of the whole run.
+        enabled: False on all processes but the main one.
+    """
+
+    def __init__(self, start: int, total: int, *, enabled: bool) -> None:
+        self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.bar = Progress(*columns, console=self.console, disable=not (enabled and self.console.is_terminal))
+        self.task = self.bar.add_task("train", total=total, completed=start, note="")
+        self.done, self.total = start, total
+
+    def __enter__(self) -> RunProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self.done += 1
+        self.bar.advance(self.task)
+
+    def show(self, values: dict[str, float]) -> None:
+        """Shows the newest loss and speed."""
+        note = (
+            f"epoch {values['epoch']:.1f}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} img/s  "
+            f"data wait {values['data_wait_percent']:.1f} %"
+        )
+        if self.console.is_terminal:
+            self.bar.update(self.task, note=note)
+        else:
+            self.console.print(f"step {self.done}/{self.total}  {note}")
+
+    def show_monitor(self, values: dict[str, float]) -> None:
+        """Prints one line about the encoder."""
+        knn = f"kNN {values['knn']:.2f} %  " if "knn" in values else ""
+        rank = f"RankMe {values['rankme']:.1f}  effective rank {values['effective_rank']:.1f}"
+        self.console.print(f"step {self.done}  {knn}{rank}  orthogonality error {values['orthogonality_error']:.3g}")
+
+
+class Clock:
+    """Images per second and the share of time spent waiting for data, between two log lines.
+
+    Args:
+        loader: Counts the steps it served and the seconds its consumer waited.
+        batch_size: Images per step over all processes.
+        now: The clock.
+    """
+
+    def __init__(self, loader: Served, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.loader, self.batch_size, self.now = loader, batch_size, now
+        self.skip()
+
+    def skip(self) -> None:
+        """Starts anew, so that a look or a checkpoint does not count as training time."""
+        self.started, self.waited, self.served = self.now(), self.loader.wait_s, self.loader.steps_served
+
+    def read(self) -> dict[str, float]:
+        """Returns the rates since the last read or skip."""
+        seconds = max(self.now() - self.started, 1e-9)
+        steps, waited = self.loader.steps_served - self.served, self.loader.wait_s - self.waited
+        self.skip()
+        return {
+            "images_per_second": round(steps * self.batch_size / seconds, 1),
+            "data_wait_percent": round(100 * waited / seconds, 2),
+        }

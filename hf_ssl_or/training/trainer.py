@@ -1,0 +1,292 @@
+"""The training loop. It knows no method by name: a method turns a batch into a loss, the loop does the rest.
+
+A step is: views in, `method(batch)`, backward (DDP averages the gradients), the penalty's analytic gradient, clipping,
+the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every random choice is a function of
+(seed, step, purpose), so a run resumed from a checkpoint repeats the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from hf_ssl_or.data.cache import ImageSet
+from hf_ssl_or.data.loader import ViewLoader
+from hf_ssl_or.distributed import use_global_batch_norm
+from hf_ssl_or.errors import InputError, NonFiniteLossError
+from hf_ssl_or.methods.base import SSLMethod
+from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
+from hf_ssl_or.randomness import hashed_seed
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training.checkpoint import CheckpointStore, RunLock, load_optimizer, optimizer_tensors
+from hf_ssl_or.training.interruption import StopRequest, TrainingInterrupted
+from hf_ssl_or.training.log import Meter, MetricLog
+from hf_ssl_or.training.monitor import Monitor
+from hf_ssl_or.training.optim import build_optimizer, learning_rate, set_learning_rate
+from hf_ssl_or.training.progress import Clock, RunProgress
+
+
+class Trainer:
+    """Pretrains the encoder of a method on views of images.
+
+    Args:
+        method: The method with its encoder, see `hf_ssl_or.methods`.
+        arguments: Settings of the loop.
+        images: Training images; training never reads their labels.
+        run_dir: Folder of the run.
+        views: Augmentation of each view, one per view.
+        local_views: Augmentation of smaller views, for methods with multi-crop.
+        orthogonality: Penalty on the encoder's weights; None for none.
+        bank_images: Labelled images that vote in the monitor's kNN; None takes `images`.
+        test_images: Labelled images that the monitor's kNN classifies; None for no kNN.
+        recipe: What made this run, as JSON-able data; a checkpoint of another recipe is refused.
+    """
+
+    def __init__(
+        self,
+        method: SSLMethod,
+        arguments: TrainingArguments,
+        images: ImageSet,
+        run_dir: str | Path,
+        *,
+        views: Sequence[ViewSpec],
+        local_views: Sequence[ViewSpec] = (),
+        orthogonality: OrthogonalityConfig | None = None,
+        bank_images: ImageSet | None = None,
+        test_images: ImageSet | None = None,
+        recipe: dict[str, Any] | None = None,
+    ) -> None:
+        self.arguments, self.images, self.run_dir, self.recipe = arguments, images, Path(run_dir), recipe or {}
+        self.accelerator = build_accelerator(arguments, self.run_dir)
+        self.method = self._prepare_method(method)
+        self.optimizer = build_optimizer(self.method, arguments.optimizer, batch_size=arguments.batch_size)
+        self.model, self.wrapped_optimizer = self.accelerator.prepare(self.method, self.optimizer)
+        self.regularizer = OrthogonalityRegularizer(
+            method.encoder, orthogonality or OrthogonalityConfig(penalty="none")
+        )
+        self.loader = ViewLoader(
+            images,
+            views,
+            local_views=local_views,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            device=self.accelerator.device,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self.total_steps = arguments.max_steps or arguments.epochs * self.loader.steps_per_epoch
+        self.warmup_steps = round(arguments.optimizer.warmup_epochs * self.loader.steps_per_epoch)
+        self.monitor = Monitor(images, bank_images or images, test_images, arguments, self.accelerator.device)
+        self.store = CheckpointStore(self.run_dir, keep_last=arguments.keep_last)
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        self.meter = Meter()
+        self.all_finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The encoder that is being trained."""
+        return self.method.encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def _prepare_method(self, method: SSLMethod) -> SSLMethod:
+        arguments = self.arguments
+        use_global_batch_norm(method, views=method.num_views if arguments.batch_norm == "per_view" else 1)
+        method.prepare_accumulation(arguments.gradient_accumulation_steps)
+        if arguments.channels_last:
+            method.use_channels_last()
+        if arguments.compile:
+            method.encoder.compile()  # in place: the names in the state dict do not change
+        return method.train()
+
+    def train(self, *, resume: bool = False) -> None:
+        """Runs to the end, writing metrics, spectra and checkpoints into the run folder.
+
+        Args:
+            resume: Continues from the newest valid checkpoint; without one, starts at step 0.
+
+        Raises:
+            InputError: The folder is not this run's, or is in use, or cannot be written.
+            NonFiniteLossError: The loss became NaN or infinite.
+            TrainingInterrupted: A signal asked the run to stop; the state is saved.
+        """
+        with self._locked(), StopRequest(self.accelerator) as stop_request:
+            start = self._resume() if resume else 0
+            self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
+            self._run(start, stop_request)
+            self.accelerator.end_training()
+
+    def _run(self, start: int, stop_request: StopRequest) -> None:
+        log = MetricLog(self.run_dir / "metrics.jsonl", self.accelerator, start)
+        progress = RunProgress(start, self.total_steps, enabled=self.accelerator.is_main_process)
+        steps_per_epoch, arguments = self.loader.steps_per_epoch, self.arguments
+        saved = start if start else -1
+        with progress:
+            clock = Clock(self.loader, arguments.batch_size)
+            for batch in self.loader.batches(start, self.total_steps):
+                step, done = batch.step, batch.step + 1
+                self.training_step(batch)
+                progress.advance()
+                if done % arguments.log_every == 0 or done == self.total_steps:
+                    values = self._fetch(step) | clock.read() | {"epoch": done / steps_per_epoch}
+                    log.write("train", step, values)
+                    progress.show(values)
+                epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0  # the epoch that just ended
+                value = None
+                if self._monitor_due(epoch, done):
+                    value = self._look(log, step)
+                    progress.show_monitor(value)
+                    clock.skip()
+                stop = stop_request.asked(done)
+                if stop or self._save_due(epoch, done) or (value and arguments.keep_best):
+                    self._save(done)
+                    saved = done
+                    if value and arguments.keep_best and self.accelerator.is_main_process:
+                        self.store.mark_best(done, value[arguments.keep_best], arguments.keep_best)
+                    clock.skip()
+                if stop and done < self.total_steps:
+                    raise TrainingInterrupted(f"stopped by {stop_request.name} after step {done}; its state is saved")
+        if saved != self.total_steps:
+            self._save(self.total_steps)
+
+    def training_step(self, batch: MultiViewBatch) -> SSLOutput:
+        """One optimizer step on this process's part of the global batch; waits for nothing."""
+        arguments, step = self.arguments, batch.step
+        torch.manual_seed(hashed_seed(arguments.seed, "step", step, self.accelerator.process_index))
+        factor = learning_rate(step, self.total_steps, self.warmup_steps, arguments.optimizer)
+        set_learning_rate(self.optimizer, factor)
+        output = self.model(batch)
+        self.accelerator.backward(output.loss)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()  # the penalty's gradient is not scaled
+        self.regularizer.set_progress(step, self.total_steps)
+        penalty = self.regularizer.add_gradients()
+        values = {"loss": output.loss, **output.terms, "penalty": penalty}
+        if arguments.max_grad_norm is not None:
+            values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, arguments.max_grad_norm)
+        self.wrapped_optimizer.step()
+        self.wrapped_optimizer.zero_grad(set_to_none=True)
+        self.method.on_step_end(step, self.total_steps)
+        self.all_finite = self.all_finite & torch.isfinite(output.loss.detach()) & torch.isfinite(penalty)
+        self.meter.add({name: value.detach() for name, value in values.items()})
+        return output
+
+    def _fetch(self, step: int) -> dict[str, float]:
+        if not bool(self.all_finite):
+            last = self.store.latest() if self.accelerator.is_main_process else None
+            good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
+            raise NonFiniteLossError(
+                f"the loss is not finite at or before step {step + 1}; lower the learning rate; {good}"
+            )
+        return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    # -- looking, saving, resuming ------------------------------------------------------------------------------------
+
+    def _monitor_due(self, epoch: int, done: int) -> bool:
+        every = self.arguments.monitor_every
+        return bool(every) and ((epoch > 0 and epoch % every == 0) or done == self.total_steps)
+
+    def _save_due(self, epoch: int, done: int) -> bool:
+        arguments = self.arguments
+        if arguments.save_steps is not None:
+            return done % arguments.save_steps == 0
+        return epoch > 0 and epoch % arguments.save_every == 0
+
+    def _look(self, log: MetricLog, step: int) -> dict[str, float]:
+        values = self.monitor.look(self.encoder, self.run_dir / "spectra" / f"step-{step + 1}.npz")
+        log.write("monitor", step, values)
+        return values
+
+    def _save(self, done: int) -> None:
+        if not bool(self.all_finite):
+            self._fetch(done - 1)
+        if self.accelerator.is_main_process:
+            groups, state = self._state()
+            self.store.save(done, groups, state)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        tensors, settings = optimizer_tensors(self.optimizer, self._parameter_names())
+        groups = {
+            "method": self.method.state_dict(),
+            "optimizer": tensors,
+            "orthogonality": self.regularizer.state_dict(),
+        }
+        scaler = self.accelerator.scaler
+        scaler_state = scaler.state_dict() if scaler is not None else {}
+        return groups, {"optimizer": settings, "scaler": scaler_state, "recipe": self.recipe}
+
+    def _resume(self) -> int:
+        path = self.store.latest()
+        if path is None:
+            return 0
+        groups, state = self.store.load(path)
+        if difference := first_difference(state["recipe"], self.recipe):
+            raise InputError(f"{path}: made by another recipe: {difference}; use another run folder, or this recipe")
+        self.method.load_state_dict(groups["method"])
+        load_optimizer(self.optimizer, groups["optimizer"], state["optimizer"])
+        self.regularizer.load_state_dict(groups["orthogonality"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return int(state["step"])
+
+    def _parameter_names(self) -> list[str]:
+        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with RunLock(self.run_dir):
+            yield
+
+
+def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerator:
+    """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway)."""
+    cpu = arguments.device == "cpu" or not torch.cuda.is_available()
+    if arguments.mixed_precision == "fp16" and cpu:
+        raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=arguments.mixed_precision,
+        log_with=list(arguments.trackers) or None,
+        project_dir=str(run_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Names the first key where two recipes differ, with both values; None when they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path} was {old!r}, is {new!r}"
+
+
+def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | float | bool]:
+    """Flattens nested settings to dotted names, as trackers want them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in nested.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            flat |= flatten(value, name)
+        else:
+            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

@@ -1,0 +1,35 @@
+"""What all tests share: no network, one thread where processes share the machine, a fresh Accelerator state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SSL_OR_CACHE", str(tmp_path_factory.getbasetemp() / "image_cache"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real image sets, one parquet folder each; tests that need it are skipped where it is absent."""
+    repository = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("HF_SSL_OR_DATA", repository.parent / "shared" / "data"))
+    if not (folder / "cifar10").is_dir():
+        pytest.skip("no real image sets: set HF_SSL_OR_DATA to a folder that holds cifar10/")
+    return folder

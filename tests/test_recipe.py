@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.recipe import load_recipe, recipe_from_dict, write_recipe
+
+MINIMAL = {"data": {"dataset": "shapes"}}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_and_are_read_as_yaml(tmp_path: Path):
+    path = write(tmp_path / "r.yaml", "data: {dataset: shapes}\ntraining: {epochs: 3, optimizer: {lr: 0.1}}\n")
+    recipe = load_recipe(path, ["training.epochs=5", "training.optimizer.lr=1e-3", "method=vicreg", "views.count=4"])
+    assert recipe.training.epochs == 5
+    assert recipe.training.optimizer.lr == 1e-3 and isinstance(recipe.training.optimizer.lr, float)
+    assert recipe.method_name == "vicreg" and recipe.views.count == 4
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path):
+    recipe = load_recipe(write(tmp_path / "r.yaml", "data: {dataset: shapes}\northogonality: {weight: 1e-6}\n"))
+    assert recipe.orthogonality.weight == 1e-6
+
+
+def test_defaults_are_merged_key_by_key(tmp_path: Path):
+    write(tmp_path / "base.yaml", "data: {dataset: shapes, image_size: 48}\ntraining: {epochs: 3, seed: 4}\n")
+    (tmp_path / "sub").mkdir()
+    path = write(tmp_path / "sub" / "r.yaml", "defaults: ../base.yaml\ntraining: {epochs: 7}\n")
+    recipe = load_recipe(path)
+    assert (recipe.data.image_size, recipe.training.epochs, recipe.training.seed) == (48, 7, 4)
+
+
+def test_what_was_resolved_reads_back_as_the_same_recipe(tmp_path: Path):
+    tree = {
+        **MINIMAL,
+        "method": {"name": "byol"},
+        "views": {"count": 3, "specs": [{"blur": 0.5, "crop_scale": [0.1, 1]}]},
+        "orthogonality": {"penalty": "srip", "weight": 0.001},
+        "encoder": {"name": "resnet18", "channels": [8, 16, 32, 64], "stem": "small"},
+    }
+    recipe = recipe_from_dict(tree)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_identity_leaves_out_what_cannot_change_the_weights():
+    quiet, loud = recipe_from_dict(MINIMAL), recipe_from_dict({**MINIMAL, "training": {"log_every": 3, "save_every": 1}})
+    assert quiet.identity() == loud.identity()
+    assert quiet.identity() != recipe_from_dict({**MINIMAL, "training": {"seed": 1}}).identity()
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "data is missing"),
+        ({**MINIMAL, "trainning": {}}, "did you mean 'training'"),
+        ({"data": {"dataset": "shapes", "imagesize": 3}}, "did you mean 'image_size'"),
+        ({**MINIMAL, "training": {"optimizer": {"learning_rate": 1}}}, "unknown key in training.optimizer"),
+        ({**MINIMAL, "training": {"epochs": "many"}}, "epochs"),
+        ({**MINIMAL, "training": {"epochs": 0}}, "training.epochs: at least 1"),
+        ({**MINIMAL, "training": 3}, "training: key: value pairs are wanted"),
+        ({**MINIMAL, "method": "byoll"}, "did you mean 'byol'"),
+        ({**MINIMAL, "method": {"name": "byol", "tempo": 3}}, "unknown key in method"),
+        ({**MINIMAL, "views": {"count": 1}}, "views.count: a method compares at least 2 views"),
+        ({**MINIMAL, "views": {"specs": {"blur": 1}}}, "a list is wanted"),
+        ({**MINIMAL, "views": {"specs": [{"blur": 2}]}}, "blur: a probability"),
+        ({**MINIMAL, "views": {"specs": [{"blur": "much"}]}}, "views.specs[0]"),
+        ({**MINIMAL, "orthogonality": {"penalty": "sso"}}, "penalty"),
+        ({**MINIMAL, "orthogonality": {"weight": -1}}, "weight"),
+    ],
+)
+def test_bad_settings_end_in_one_line_that_names_them(tree: dict, message: str):
+    with pytest.raises(InputError) as caught:
+        recipe_from_dict(tree, "r.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("r.yaml: ")
+
+
+def test_a_bad_file_is_named(tmp_path: Path):
+    write(tmp_path / "good.yaml", "data: {dataset: shapes}")
+    with pytest.raises(InputError, match="missing.yaml.*good.yaml"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_recipe(write(tmp_path / "bad.yaml", "data: [1"))
+    with pytest.raises(InputError, match="looks like training.epochs=5"):
+        load_recipe(tmp_path / "good.yaml", ["epochs"])
+
+
+def test_yaml_cannot_make_python_objects(tmp_path: Path):
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_recipe(write(tmp_path / "evil.yaml", "data: !!python/object/apply:os.system ['true']"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_of_the_repository_loads(path: Path):
+    if "accelerate" in path.parts or path.name.startswith("defaults"):
+        pytest.skip("no recipe of a run")
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("train" in line for line in head) and any("xpect" in line for line in head), "command and expectation"
+    load_recipe(path)
