@@ -163,7 +163,10 @@ def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     method = tree.get("method") or {}
     method = dict(_mapping({"name": method} if isinstance(method, str) else method, "method", source))
     values["method_name"] = method.pop("name", "barlow_twins")
-    config_class = get_method(values["method_name"]).config_class
+    try:
+        config_class = get_method(values["method_name"]).config_class
+    except InputError as error:
+        raise _in(source, error) from error
     values["method"] = _build(config_class, method, "method", source)
     return Recipe(**values)
 
@@ -231,13 +234,18 @@ def _plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-6 as a number, as YAML 1.2 does and people expect."""
+    """Safe YAML with two rules of YAML 1.2 that people expect: 1e-6 is a number, and no is a word."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("float", r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$", "-+0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def _parse(text: str, source: str) -> Any:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from hf_ssl_or.data.cache import ImageSet, load_images
-from hf_ssl_or.data.sources import MissingSplitError
+from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.sources import list_splits
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report
-from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.protocols import baseline_accuracy, evaluate_encoder
+from hf_ssl_or.evaluation.features import extract_features, pixel_features
+from hf_ssl_or.evaluation.protocols import evaluate_encoder, get_protocol, judge_features
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
@@ -28,7 +29,7 @@ from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
 from hf_ssl_or.structures import ViewSpec
-from hf_ssl_or.training.trainer import Trainer
+from hf_ssl_or.training.trainer import Trainer, build_accelerator
 
 PACKAGES = ("hf-ssl-or", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
@@ -63,15 +64,13 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         _claim(run_dir, resume)
-    images = load_images(recipe.data, recipe.data.train_split)
-    labelled = _labelled_images(recipe, images)
+    accelerator = build_accelerator(recipe.training, run_dir)
+    with accelerator.local_main_process_first():  # which decodes the images for the others
+        images = load_images(recipe.data, recipe.data.train_split)
+        labelled = _labelled_images(recipe, images)
     bank, test = labelled or (None, None)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
-    baselines: dict[str, Any] = {}
-    if labelled and recipe.evaluation.baselines:
-        baselines = baseline_accuracy(
-            trainer.encoder, *labelled, recipe.evaluation, mean=images.mean, std=images.std, device=trainer.device
-        )
+    baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
     if is_main:
         write_recipe(recipe, run_dir / "recipe.yaml")
     started = time.perf_counter()
@@ -84,7 +83,7 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         "recipe": recipe.to_dict(),
         "run": {"steps": trainer.total_steps, "train_seconds_this_session": round(seconds, 1)},
         "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(images)},
-        "evaluation": _judge(recipe, trainer, images, labelled),
+        **_judge(recipe, trainer, labelled),
         "baselines": baselines,
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
@@ -206,7 +205,7 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = {
         "encoder": encoder,
-        "evaluation": evaluate_encoder(
+        **evaluate_encoder(
             model.to(device), *labelled, recipe.evaluation, mean=mean, std=std, device=device, image_size=size
         ),
         "environment": environment(device, 1),
@@ -248,17 +247,14 @@ def _labelled_images(
     All labelled training images are used, also when pretraining takes a fraction of them.
     """
     data = recipe.evaluation_data or replace(recipe.data, fraction=1.0)
-    statistics = (images.mean, images.std) if images is not None else None
-    must = required or recipe.evaluation_data is not None
-    try:
-        bank = load_images(data, data.train_split, statistics=statistics)
-        if bank.labels is None and not must:
-            return None
-        test = load_images(data, data.test_split, statistics=statistics)
-    except MissingSplitError:
-        if must:
-            raise
+    required = required or recipe.evaluation_data is not None
+    if not required and data.test_split not in list_splits(data):
         return None
+    statistics = (images.mean, images.std) if images is not None else None
+    bank = load_images(data, data.train_split, statistics=statistics)
+    if bank.labels is None and not required:
+        return None
+    test = load_images(data, data.test_split, statistics=statistics)
     if bank.labels is None or test.labels is None:
         raise InputError(
             f"{data.dataset}: has no labels, which kNN and probes need; set data.label_column, or judge on another set"
@@ -266,22 +262,28 @@ def _labelled_images(
     return bank, test
 
 
-def _judge(
-    recipe: Recipe, trainer: Trainer, images: ImageSet, labelled: tuple[ImageSet, ImageSet] | None
-) -> dict[str, Any]:
+def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
+    """Gives `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
+    images = trainer.images
+    shared = {"mean": images.mean, "std": images.std, "device": trainer.device}
     if labelled is not None:
-        return evaluate_encoder(
-            trainer.encoder, *labelled, recipe.evaluation, mean=images.mean, std=images.std, device=trainer.device
-        )
-    features = extract_features(
-        trainer.encoder,
-        images,
-        mean=images.mean,
-        std=images.std,
-        device=trainer.device,
-        batch_size=recipe.evaluation.batch_size,
-    )
-    return {"protocols": [], "collapse": collapse_report(features)}
+        return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, **shared)
+    features = extract_features(trainer.encoder, images, batch_size=recipe.evaluation.batch_size, **shared)
+    return {"evaluations": [], "collapse": collapse_report(features)}
+
+
+def _baselines(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet]) -> dict[str, Any]:
+    """Judges raw pixels and the untrained encoder by the recipe's protocols that train nothing: kNN."""
+    bank, test = labelled
+    names = [name for name in recipe.evaluation.protocols if not get_protocol(name).seeded]
+    arguments = replace(recipe.evaluation, protocols=names)
+    untrained = _judge(replace(recipe, evaluation=arguments), trainer, labelled)
+    features = pixel_features(bank), pixel_features(test)
+    pixels = [
+        judge_features(get_protocol(name), features[0], bank.labels, features[1], test.labels, device=trainer.device)
+        for name in names
+    ]
+    return {"untrained": untrained["evaluations"], "pixels": pixels}
 
 
 def _load_for_evaluation(folder: Path, name: str) -> tuple[PreTrainedModel, Sequence[float], Sequence[float], int]:

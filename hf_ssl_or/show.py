@@ -34,23 +34,22 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
 def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
     """Prints accuracies and collapse measures of `results.json`."""
     console = console or Console(highlight=False)
-    evaluation = results["evaluation"]
-    if evaluation["protocols"]:
-        console.print(_accuracies(evaluation["protocols"], results.get("baselines", {})))
+    if results["evaluations"]:
+        console.print(_accuracies(results["evaluations"], results.get("baselines", {})))
     else:
         console.print("No labels: only label-free measures. Set evaluation_data to judge with kNN and probes.")
-    console.print(_collapse(evaluation["collapse"]))
+    console.print(_collapse(results["collapse"]))
 
 
-def _accuracies(protocols: list[dict[str, Any]], baselines: dict[str, Any]) -> Table:
+def _accuracies(evaluations: list[dict[str, Any]], baselines: dict[str, Any]) -> Table:
     table = Table(title="Accuracy on the test images, %")
     table.add_column("protocol")
     table.add_column("measure")
     for name in ("encoder", *baselines):
         table.add_column({"untrained": "untrained encoder", "pixels": "raw pixels"}.get(name, name), justify="right")
-    for entry in protocols:
+    for entry in evaluations:
         for measure, value in entry["metrics"].items():
-            spread = f" ± {value['std']:.2f}" if len(entry["seeds"]) > 1 else ""
+            spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
             others = [_baseline(baselines[name], entry["protocol"], measure) for name in baselines]
             table.add_row(entry["protocol"], measure, f"{value['mean']:.2f}{spread}", *others)
     return table

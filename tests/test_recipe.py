@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.recipe import load_recipe, recipe_from_dict, write_recipe
+from hf_ssl_or.recipe import _parse, load_recipe, recipe_from_dict, write_recipe
 
 MINIMAL = {"data": {"dataset": "shapes"}}
 
@@ -26,6 +26,10 @@ def test_overrides_win_and_are_read_as_yaml(tmp_path: Path):
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path):
     recipe = load_recipe(write(tmp_path / "r.yaml", "data: {dataset: shapes}\northogonality: {weight: 1e-6}\n"))
     assert recipe.orthogonality.weight == 1e-6
+
+
+def test_no_is_a_word_and_true_is_not():
+    assert _parse("{a: no, b: true, c: off, d: False}", "x") == {"a": "no", "b": True, "c": "off", "d": False}
 
 
 def test_defaults_are_merged_key_by_key(tmp_path: Path):
@@ -50,7 +54,10 @@ def test_what_was_resolved_reads_back_as_the_same_recipe(tmp_path: Path):
 
 
 def test_identity_leaves_out_what_cannot_change_the_weights():
-    quiet, loud = recipe_from_dict(MINIMAL), recipe_from_dict({**MINIMAL, "training": {"log_every": 3, "save_every": 1}})
+    quiet, loud = (
+        recipe_from_dict(MINIMAL),
+        recipe_from_dict({**MINIMAL, "training": {"log_every": 3, "save_every": 1}}),
+    )
     assert quiet.identity() == loud.identity()
     assert quiet.identity() != recipe_from_dict({**MINIMAL, "training": {"seed": 1}}).identity()
 

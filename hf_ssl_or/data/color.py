@@ -12,8 +12,8 @@ from torch import Tensor
 LUMA = (0.2989, 0.587, 0.114)  # grey as torchvision weighs it
 
 
-def gray_(x_N3HW: Tensor) -> Tensor:
-    """Gives the grey plane of each image, (N, 1, H, W); the input is left as it is."""
+def gray(x_N3HW: Tensor) -> Tensor:
+    """Gives the grey plane of each image, (N, 1, H, W)."""
     red, green, blue = x_N3HW.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -29,7 +29,7 @@ def blend_(x_N3HW: Tensor, factor_N: Tensor, to_gray_N: Tensor, to_mean_N: Tenso
         to_gray_N: 1 - factor where saturation is adjusted, else 0.
         to_mean_N: 1 - factor where contrast is adjusted, else 0.
     """
-    other = gray_(x_N3HW)
+    other = gray(x_N3HW)
     # Summing row by row, then over rows, keeps an image's mean the same bits in whatever batch it comes.
     mean_N11 = other.mean(-1).mean(-1, keepdim=True)
     other.mul_(to_gray_N.view(-1, 1, 1, 1)).add_((mean_N11 * to_mean_N.view(-1, 1, 1)).unsqueeze(-1))

@@ -80,27 +80,28 @@ def check_labelled(
     if train_labels_N is None or test_labels_M is None:
         raise InputError(f"{what}: {NEEDS_LABELS}")
     if train_NF.ndim != 2 or test_MF.ndim != 2 or train_NF.shape[1] != test_MF.shape[1]:
-        raise InputError(
-            f"{what}: features must be (images, F) of one width, not {tuple(train_NF.shape)} and {tuple(test_MF.shape)}"
-        )
+        shapes = f"{tuple(train_NF.shape)} and {tuple(test_MF.shape)}"
+        raise InputError(f"{what}: features must be two matrices (images, F) of one width, not {shapes}")
     for split, features, labels in (("train", train_NF, train_labels_N), ("test", test_MF, test_labels_M)):
         if len(features) != len(labels) or not len(labels):
             raise InputError(f"{what}: {len(features)} {split} features have {len(labels)} labels")
         if not bool(features.isfinite().all()):
             raise InputError(f"{what}: the {split} features hold NaN or infinite values")
         if int(labels.min()) < 0:
-            raise InputError(f"{what}: row {int(labels.argmin())} of the {split} set has the label {int(labels.min())}")
+            raise InputError(
+                f"{what}: row {int(labels.argmin())} of the {split} set has the label {int(labels.min())}"
+            )
     seen = set(train_labels_N.unique().tolist())
     if len(seen) < 2:
         raise InputError(f"{what}: the train set has one class only (label {seen.pop()}); an accuracy needs two")
     unseen = sorted(set(test_labels_M.unique().tolist()) - seen)
     if unseen:
-        warnings.warn(f"{what}: no train image has the test set's labels {unseen[:10]}; they count as wrong", stacklevel=3)
+        warnings.warn(f"{what}: no train image has the test labels {unseen[:10]}; they count as wrong", stacklevel=3)
     return train_labels_N, test_labels_M, int(max(train_labels_N.max(), test_labels_M.max())) + 1
 
 
 def in_top(scores_NK: Tensor, labels_N: Tensor, top: int) -> Tensor:
-    """Says for each row whether its label has one of the `top` highest scores; of equal scores the lower class wins."""
+    """Says of each row whether its label has one of the `top` highest scores; of equal scores the lower class wins."""
     own_N1 = scores_NK.gather(1, labels_N[:, None])
     classes_K = torch.arange(scores_NK.shape[1], device=scores_NK.device)
     before_NK = (scores_NK > own_N1) | ((scores_NK == own_N1) & (classes_K < labels_N[:, None]))

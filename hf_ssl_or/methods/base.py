@@ -6,9 +6,11 @@ It owns its heads and its state (teacher, queue, centre); the training loop know
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +23,8 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 class SSLMethod(nn.Module):
     """A self-supervised method: encoder, heads and loss.
 
-    A subclass sets the class attributes, builds its heads after `super().__init__` and defines `forward`. Class
-    attributes are checked when the class is defined; an intermediate class says `class Shared(SSLMethod, abstract=True)`.
+    A subclass sets the class attributes, builds its heads after `super().__init__` and defines `forward`. The class
+    attributes are checked when the class is defined; `class Shared(SSLMethod, abstract=True)` is not checked.
 
     Args:
         encoder: Gives `encoder(pixel_values=images).pooler_output` of shape (images, F); `encoder.config.hidden_size`
@@ -100,6 +102,11 @@ class SSLMethod(nn.Module):
             features = torch.cat([_recomputed_features(encoder, part) for part in parts])
         return features.unflatten(0, views_VBCHW.shape[:2])
 
+    def output(self, loss: Tensor, terms: dict[str, Tensor], features_VBF: Tensor) -> SSLOutput:
+        """Packs the loss with its terms and features, both detached."""
+        terms = {name: term.detach() for name, term in terms.items()}
+        return SSLOutput(loss=loss, terms=terms, features_VBF=features_VBF.detach())
+
     def prepare_accumulation(self, chunks: int) -> None:
         """Makes a step need about 1/chunks of the encoder's memory, with the gradient of the whole batch.
 
@@ -115,13 +122,36 @@ class SSLMethod(nn.Module):
 
     def use_channels_last(self) -> None:
         """Stores convolution weights and images with channels last, which tensor cores prefer."""
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.channels_last = True
 
     def encoders(self) -> list[nn.Module]:
         """Gives the trained encoder and its momentum copies, say to compile each of them."""
         owners = [module for module in self.modules() if isinstance(module, SSLMethod | MomentumTeacher)]
         return [owner.encoder for owner in owners]
+
+
+_C = TypeVar("_C")
+
+
+@dataclass_transform(kw_only_default=True)
+def settings(cls: type[_C]) -> type[_C]:
+    """Decorates a method's `Config`: a keyword-only dataclass whose types are checked and unknown keys refused.
+
+    `strict` alone passes over annotations that are strings, as `from __future__ import annotations` makes them all.
+    """
+    cls = dataclass(kw_only=True)(cls)
+    hints = get_type_hints(cls)
+    for field in fields(cls):  # type: ignore[arg-type]
+        field.type = hints[field.name]
+    return strict(cls)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises ValueError, naming the field, unless all these fields of `config` are above 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}: must be above 0, not {getattr(config, name)}")
 
 
 def _features(encoder: nn.Module, images: Tensor) -> Tensor:

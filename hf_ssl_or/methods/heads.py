@@ -41,7 +41,7 @@ class ProjectionHead(nn.Module):
             modules.append(nn.Linear(width, next_width, bias=not norm))
             if norm:
                 modules.append(nn.BatchNorm1d(next_width))
-            modules.append(nn.GELU() if gelu else nn.ReLU(inplace=norm))
+            modules.append(nn.GELU() if gelu else nn.ReLU(inplace=True))
         modules.append(nn.Linear(widths[-1], out_features, bias=not last_norm))
         if last_norm:
             modules.append(nn.BatchNorm1d(out_features, affine=False))

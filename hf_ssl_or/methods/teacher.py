@@ -6,7 +6,7 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MomentumTeacher(nn.Module):
@@ -29,11 +29,11 @@ class MomentumTeacher(nn.Module):
     @torch.no_grad()
     def update(self, encoder: nn.Module, projector: nn.Module, momentum: float) -> None:
         """Moves every parameter to momentum * own + (1 - momentum) * student's."""
-        own = [*self.encoder.parameters(), *self.projector.parameters()]
-        student = [*encoder.parameters(), *projector.parameters()]
+        own: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
+        student: list[Tensor] = [*encoder.parameters(), *projector.parameters()]
         torch._foreach_lerp_(own, student, 1 - momentum)
 
 
 def cosine_momentum(start: float, end: float, step: int, total_steps: int) -> float:
-    """Rises from `start` at step 0 towards `end` along half a cosine (Grill et al., BYOL, NeurIPS 2020, section 3.3)."""
+    """Rises from `start` at step 0 towards `end` along half a cosine (BYOL, Grill et al., NeurIPS 2020, sec. 3.3)."""
     return end - (end - start) * (math.cos(math.pi * step / total_steps) + 1) / 2

@@ -1,11 +1,23 @@
 """Configurations: the orthogonality settings of a run, and the two families of encoders that carry them."""
 
 import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
 
+import timm
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from timm.models.resnet import ResNet
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 @strict
@@ -69,3 +81,242 @@ class OrthogonalityConfig:
             return cls(**values)
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"orthogonality: {' '.join(str(error).split())}") from error
+
+
+# Wide ResNet-28-2 of Zagoruyko & Komodakis (2016) is timm's pre-activation ResNet with basic blocks, to the weight.
+OWN_RESNETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wide_resnet28_2": ("resnetv2_18", {"layers": [4, 4, 4], "channels": [32, 64, 128], "stem_chs": 16}),
+}
+SHORT_VITS = {name: f"{name}_patch16_224" for name in ("vit_tiny", "vit_small", "vit_base")}
+
+_TRANSFORMERS_KEYS = (
+    *("auto_map", "out_features", "out_indices", "stage_names", "num_labels", "name_or_path", "torch_dtype"),
+    *("output_attentions", "attn_implementation", "experts_implementation", "per_layer_config", "quantization_config"),
+    *("_name_or_path", "_commit_hash", "_attn_implementation_internal", "_experts_implementation_internal"),
+)
+
+
+def list_architectures(model_type: str) -> list[str]:
+    """Lists the architectures of a family ("ssl_resnet" or "ssl_vit"), our own names first."""
+    if model_type == "ssl_resnet":
+        return [*OWN_RESNETS, *timm.list_models(module="resnet")]
+    return [*SHORT_VITS, *timm.list_models(module="vision_transformer")]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Gives the hint about the nearest known name, to end an error message with."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+@lru_cache(maxsize=64)
+def _outline(architecture: str, arguments: str) -> nn.Module:
+    """Builds timm's net on the meta device: its shapes without its memory."""
+    with torch.device("meta"):
+        return timm.create_model(architecture, **json.loads(arguments))
+
+
+@strict
+class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
+    """What both families of encoders share.
+
+    Attributes:
+        architecture: A timm name, or one of our own.
+        image_size: Side of the square images in pixels; None takes the architecture's.
+        num_channels: Channels of an image.
+        hidden_size: Number of features, derived from the architecture; a value that contradicts it is an error.
+        orthogonality: How the weights were or are to be kept near orthogonal; a dict is converted.
+        pretraining: Where the weights come from, in plain values.
+        model_args: Further keyword arguments of the timm model, in plain values.
+
+    Raises:
+        ValueError: A name, a key or a value is unknown, out of range or refused by timm.
+    """
+
+    architecture: str = ""
+    image_size: int | None = None
+    num_channels: int = 3
+    hidden_size: int | None = None
+    orthogonality: OrthogonalityConfig | dict[str, Any] | None = None
+    pretraining: dict[str, Any] | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    timm_classes: ClassVar[tuple[type, ...]] = ()
+    fixed_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "in_chans", "pretrained", "features_only")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        self._check_values()
+        net = self.outline()
+        if self.hidden_size not in (None, net.head_hidden_size):
+            raise ValueError(f"hidden_size: {self.architecture} has {net.head_hidden_size}, not {self.hidden_size}")
+        self.hidden_size = net.head_hidden_size
+        self._complete(net)
+        name = type(self).__name__.removesuffix("Config")
+        module = f"modeling_{self.model_type}"
+        kwargs["auto_map"] = {
+            "AutoConfig": f"configuration_ssl.{name}Config",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForImageClassification": f"{module}.{name}ForImageClassification",
+            "AutoBackbone": f"{module}.{name}Backbone",
+        }
+        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(self._num_stages(net))]
+        kwargs.pop("stage_names", None)
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "orthogonality" and isinstance(value, dict):
+            value = OrthogonalityConfig.from_dict(value)
+        super().__setattr__(key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain values for JSON."""
+        output = super().to_dict()
+        if self.orthogonality is not None:
+            output["orthogonality"] = self.orthogonality.to_dict()
+        return output
+
+    def timm_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Gives the name and the keyword arguments with which `timm.create_model` builds this net."""
+        return self.architecture, {"num_classes": 0, "in_chans": self.num_channels, **self.model_args}
+
+    def outline(self) -> nn.Module:
+        """Gives timm's net on the meta device (shared: not to be changed), which knows every shape."""
+        name, arguments = self.timm_arguments()
+        if not timm.is_model(name) or "." in name:
+            known = list_architectures(self.model_type)
+            raise ValueError(f"architecture: unknown name {self.architecture!r}{nearest(self.architecture, known)}")
+        try:
+            net = _outline(name, json.dumps(arguments, sort_keys=True))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"timm refuses {name} with {arguments}: {error}") from error
+        if type(net) not in self.timm_classes:
+            raise ValueError(f"architecture: {name} is a {type(net).__name__}, not of the family {self.model_type}")
+        return net
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        if "model_type" in kwargs:  # a saved configuration, perhaps of a newer version
+            return
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in kwargs:
+            if key not in _TRANSFORMERS_KEYS:
+                raise ValueError(f"{type(self).__name__}: unknown key {key!r}{nearest(key, known)}")
+
+    def _check_values(self) -> None:
+        for name in ("image_size", "num_channels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: at least 1, not {value}")
+        for name in self.fixed_arguments:
+            if name in self.model_args:
+                raise ValueError(f"model_args: {name!r} is set by the configuration itself")
+
+    def _complete(self, net: nn.Module) -> None:
+        raise NotImplementedError
+
+    def _num_stages(self, net: nn.Module) -> int:
+        raise NotImplementedError
+
+
+@strict
+class SSLResNetConfig(SSLConfig):
+    """An encoder of timm's class `ResNet`, or "wide_resnet28_2".
+
+    "wide_resnet28_2" is the pre-activation Wide ResNet-28-2 that semi- and self-supervised papers use on CIFAR: a 3x3
+    stem of 16 channels and three stages of four basic blocks, exactly, by timm's `ResNetV2`.
+
+    Attributes:
+        stem: "standard" (timm's), or "small": 3x3, stride 1, no max-pool, for images of 32-64 pixels. None takes the
+            architecture's own.
+        channels: Width of each stage (before a bottleneck's expansion by 4); None takes the architecture's.
+    """
+
+    model_type = "ssl_resnet"
+    timm_classes: ClassVar[tuple[type, ...]] = (ResNet, ResNetV2)
+    fixed_arguments: ClassVar[tuple[str, ...]] = (*SSLConfig.fixed_arguments, "channels")
+
+    architecture: str = "resnet18"
+    stem: Literal["standard", "small"] | None = None
+    channels: list[int] | None = None
+
+    def timm_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Gives the name and the keyword arguments with which `timm.create_model` builds this net, stem apart."""
+        _, arguments = super().timm_arguments()
+        name, own = OWN_RESNETS.get(self.architecture, (self.architecture, {}))
+        if self.channels is not None:
+            arguments["channels"] = self.channels
+        return name, {**own, **arguments}
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        stages = len(OWN_RESNETS[self.architecture][1]["channels"]) if self.architecture in OWN_RESNETS else 4
+        if self.channels is not None and (len(self.channels) != stages or min(self.channels) < 1):
+            raise ValueError(f"channels: {stages} widths of at least 1, not {self.channels}")
+        if self.stem is None:
+            self.stem = "small" if self.architecture in OWN_RESNETS else "standard"
+        elif self.stem == "standard" and self.architecture in OWN_RESNETS:
+            raise ValueError(f"stem: {self.architecture} has the small stem only")
+
+    def _complete(self, net: nn.Module) -> None:
+        if (type(net) is ResNetV2) != (self.architecture in OWN_RESNETS):
+            raise ValueError(f"architecture: {self.architecture} is a ResNetV2, not of the family {self.model_type}")
+        if self.image_size is None:
+            self.image_size = 32 if self.stem == "small" else net.default_cfg["input_size"][-1]
+
+    def _num_stages(self, net: nn.Module) -> int:
+        return len(net.feature_info) - 1
+
+
+@strict
+class SSLViTConfig(SSLConfig):
+    """An encoder of timm's class `VisionTransformer`; "vit_tiny", "vit_small" and "vit_base" are short names.
+
+    Attributes:
+        patch_size: Side of a patch in pixels; None takes the architecture's.
+        pooling: Which features represent the image: the class "token" or the "avg" of the patches; None takes the
+            architecture's.
+    """
+
+    model_type = "ssl_vit"
+    timm_classes: ClassVar[tuple[type, ...]] = (VisionTransformer,)
+    fixed_arguments: ClassVar[tuple[str, ...]] = (
+        *SSLConfig.fixed_arguments,
+        "img_size",
+        "patch_size",
+        "global_pool",
+        "dynamic_img_size",
+    )
+
+    architecture: str = "vit_small"
+    patch_size: int | None = None
+    pooling: Literal["token", "avg"] | None = None
+
+    def timm_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Gives the name and the keyword arguments with which `timm.create_model` builds this net."""
+        name, arguments = super().timm_arguments()
+        own = {"img_size": self.image_size, "patch_size": self.patch_size, "global_pool": self.pooling}
+        own = {key: value for key, value in own.items() if value is not None}
+        return SHORT_VITS.get(name, name), {**own, "dynamic_img_size": True, **arguments}
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.patch_size is not None and self.patch_size < 1:
+            raise ValueError(f"patch_size: at least 1 pixel, not {self.patch_size}")
+
+    def _complete(self, net: nn.Module) -> None:
+        self.image_size, self.patch_size = net.patch_embed.img_size[0], net.patch_embed.patch_size[0]
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size: {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if net.global_pool not in ("token", "avg"):
+            raise ValueError(f"pooling: {self.architecture} pools by {net.global_pool!r}, set 'token' or 'avg'")
+        self.pooling = net.global_pool
+
+    def _num_stages(self, net: nn.Module) -> int:
+        return len(net.blocks)
+
+
+SSLResNetConfig.register_for_auto_class()
+SSLViTConfig.register_for_auto_class()

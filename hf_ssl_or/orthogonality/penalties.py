@@ -86,14 +86,14 @@ def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
 def so_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
     """`so` and its gradient 4 (W W^T - I) W, or 4 W (W^T W - I)."""
     m_LRR = deviation(w_LOI)
-    return m_LRR.square().sum((-2, -1)), _gradient(m_LRR, w_LOI, 4)
+    return m_LRR.square().sum((-2, -1)), _gram_gradient(m_LRR, w_LOI, 4)
 
 
 def dso_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
     """`dso` and its gradient, twice that of `so`."""
     m_LRR = deviation(w_LOI)
     constant = abs(w_LOI.shape[-2] - w_LOI.shape[-1])
-    return 2 * m_LRR.square().sum((-2, -1)) + constant, _gradient(m_LRR, w_LOI, 8)
+    return 2 * m_LRR.square().sum((-2, -1)) + constant, _gram_gradient(m_LRR, w_LOI, 8)
 
 
 def mutual_coherence_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +102,13 @@ def mutual_coherence_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
     m_LE = deviation(w_LOI).flatten(1)
     entry_L1 = m_LE.abs().argmax(1, keepdim=True)
     value_L1 = m_LE.gather(1, entry_L1)
-    i_L1C, j_L1C = (row_L1[:, None].expand(-1, 1, a_LRC.shape[2]) for row_L1 in _divmod(entry_L1, a_LRC.shape[1]))
+    rows, columns = a_LRC.shape[1:]
+    i_L1C, j_L1C = (row_L1[:, :, None].expand(-1, 1, columns) for row_L1 in (entry_L1 // rows, entry_L1 % rows))
     sign_L11 = value_L1.sign()[:, None]
     grad_LRC = torch.zeros_like(a_LRC)
     grad_LRC.scatter_add_(1, i_L1C, sign_L11 * a_LRC.gather(1, j_L1C))
     grad_LRC.scatter_add_(1, j_L1C, sign_L11 * a_LRC.gather(1, i_L1C))
-    return value_L1[:, 0].abs(), _upright(grad_LRC, w_LOI)
+    return value_L1[:, 0].abs(), grad_LRC if grad_LRC.shape == w_LOI.shape else grad_LRC.mT
 
 
 def srip_along_and_grad(w_LOI: Tensor, v_LR: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ def srip_along_and_grad(w_LOI: Tensor, v_LR: Tensor) -> tuple[Tensor, Tensor]:
     along_LC = _multiply(_wide(w_LOI).mT, v_LR)
     quotient_L = along_LC.square().sum(-1) - v_LR.square().sum(-1)
     scaled_LR = (2 * quotient_L.sign())[:, None] * v_LR
-    return quotient_L.abs(), _upright(scaled_LR[:, :, None] * along_LC[:, None, :], w_LOI)
+    return quotient_L.abs(), _low_rank(scaled_LR[:, :, None], along_LC[:, :, None], w_LOI)
 
 
 def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tup
         back_LR = _deviate(a_LRC, outputs[-1])
     u_LRP, g_LRP = torch.stack(inputs, -1), torch.stack(outputs[::-1], -1)
     left_LRQ, right_LRQ = torch.cat([g_LRP, u_LRP], -1), torch.cat([u_LRP, g_LRP], -1)
-    return value_L1[:, 0], _upright(left_LRQ @ (right_LRQ.mT @ a_LRC), w_LOI)
+    return value_L1[:, 0], _low_rank(left_LRQ, a_LRC.mT @ right_LRQ, w_LOI)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,19 +155,29 @@ def dominant_vectors(w_OI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def refine_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
-    """Improves unit vectors towards the dominant eigenvectors of M = G - I: the best unit vectors in span(v, M v).
+def power_vectors(w_LOI: Tensor, v_LR: Tensor, iterations: int = 1) -> Tensor:
+    """Multiplies unit vectors (L, R) by M = G - I that many times and scales them back to unit length."""
+    a_LRC = _wide(w_LOI)
+    for _ in range(iterations):
+        product_LR = _deviate(a_LRC, v_LR)
+        length_L1 = product_LR.norm(dim=-1, keepdim=True)
+        v_LR = torch.where(length_L1 > 0, product_LR / length_L1, v_LR)  # M = 0 has no dominant direction
+    return v_LR
 
-    Plain power iteration stalls where M has eigenvalues near +s and -s, which a penalty on the larger of the two
-    brings about. The best vector of the plane (a Lanczos step of two dimensions, solved in closed form) does not, costs
-    as many products, and never lowers |v^T M v|.
+
+@torch.no_grad()
+def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
+    """Gives the unit vectors x in span(v, M v) with the largest |x^T M x|: two Lanczos steps, solved in closed form.
+
+    Where M has eigenvalues near +s and -s, which a penalty on the larger of them brings about, a power iterate is a mix
+    of both eigenvectors and v^T M v is near 0. Their plane holds each of them, so x is one of them.
 
     Args:
         w_LOI: Matrices.
-        v_LR: Unit vectors, R = min(O, I).
+        v_LR: Unit vectors, R = min(O, I), say from `power_vectors`.
 
     Returns:
-        Unit vectors (L, R).
+        Unit vectors (L, R), at least as good as v.
     """
     a_LRC = _wide(w_LOI)
     product_LR = _deviate(a_LRC, v_LR)
@@ -195,17 +206,23 @@ def deviation(w_OI: Tensor) -> Tensor:
     return m_RR
 
 
+def _is_wide(w_OI: Tensor) -> bool:
+    return w_OI.shape[-2] <= w_OI.shape[-1]
+
+
 def _wide(w_OI: Tensor) -> Tensor:
-    return w_OI if w_OI.shape[-2] <= w_OI.shape[-1] else w_OI.mT
+    return w_OI if _is_wide(w_OI) else w_OI.mT
 
 
-def _upright(a_LRC: Tensor, w_LOI: Tensor) -> Tensor:
-    return a_LRC if a_LRC.shape == w_LOI.shape else a_LRC.mT
+def _gram_gradient(m_LRR: Tensor, w_LOI: Tensor, factor: int) -> Tensor:
+    """Factor * M A, turned as W is."""
+    left, right = (m_LRR, w_LOI) if _is_wide(w_LOI) else (w_LOI, m_LRR)
+    return torch.baddbmm(w_LOI, left, right, beta=0, alpha=factor)
 
 
-def _gradient(m_LRR: Tensor, w_LOI: Tensor, factor: int) -> Tensor:
-    left_LXY, right_LYZ = (m_LRR, w_LOI) if m_LRR.shape[-1] == w_LOI.shape[-2] else (w_LOI, m_LRR)
-    return torch.baddbmm(w_LOI, left_LXY, right_LYZ, beta=0, alpha=factor)
+def _low_rank(x_LRQ: Tensor, y_LCQ: Tensor, w_LOI: Tensor) -> Tensor:
+    """X Y^T, turned as W is."""
+    return x_LRQ @ y_LCQ.mT if _is_wide(w_LOI) else y_LCQ @ x_LRQ.mT
 
 
 def _multiply(a_RC: Tensor, v_C: Tensor) -> Tensor:
@@ -215,7 +232,3 @@ def _multiply(a_RC: Tensor, v_C: Tensor) -> Tensor:
 def _deviate(a_RC: Tensor, v_R: Tensor) -> Tensor:
     """(A A^T - I) v as two matrix-vector products."""
     return _multiply(a_RC, _multiply(a_RC.mT, v_R)) - v_R
-
-
-def _divmod(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return x // size, x % size

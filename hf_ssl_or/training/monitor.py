@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ssl_or.data.cache import ImageSet
+from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features

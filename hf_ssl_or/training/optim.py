@@ -1,10 +1,8 @@
-"""Optimizers and their learning rate: parameter groups, a batched LARS, and a schedule that is a function of the step."""
-
-from __future__ import annotations
+# ruff: noqa: I002 (a strict dataclass checks types only where annotations are not strings)
+"""Optimizers: parameter groups, a batched LARS, and a learning rate that is a function of the step."""
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +83,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude_bias_and_no
         Groups for a torch optimizer: `params` as (name, parameter) pairs, `weight_decay`, and `adapt`, which LARS
         reads. A group without parameters is left out.
     """
-    adapted, exempt = [], []
+    adapted: list[tuple[str, nn.Parameter]] = []
+    exempt: list[tuple[str, nn.Parameter]] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             excluded = parameter.ndim <= 1 or _TOKEN_OR_POSITION.search(name.rpartition(".")[2])
@@ -135,10 +134,11 @@ def build_optimizer(module: nn.Module, arguments: OptimizerArguments, *, batch_s
 class LARS(torch.optim.Optimizer):
     """SGD whose step is scaled, weight by weight, to the weight's own length, without waiting for the device.
 
-    With gradient g, weight w, decay d: q = eta |w| / (|g| + d |w| + eps), m = momentum m + q (g + d w), w -= lr m (You,
-    Gitman, Ginsburg, "Large batch training of convolutional networks", 2017, algorithm 1). `clip` bounds lr q by lr, so
-    that q only ever shortens a step. A weight or gradient of length 0 has q = 1. All weights of a group are updated
-    together; a group with `adapt=False` has q = 1 throughout. Parameters without gradient are skipped.
+    With weight w, gradient g, decay d: q = eta |w| / (|g| + d |w| + eps), m = momentum m + q (g + d w), w -= lr m
+    (You, Gitman, Ginsburg, "Large batch training of convolutional networks", 2017, algorithm 1). `clip` takes
+    min(q / lr, 1) for q, so that no weight moves further than it would in SGD. A weight or gradient of length 0 has
+    q = 1. All weights of a group are updated together; a group with `adapt=False` has q = 1 throughout. Parameters
+    without gradient are skipped.
 
     Args:
         params: Parameters or groups, as for any torch optimizer.
@@ -147,7 +147,7 @@ class LARS(torch.optim.Optimizer):
         weight_decay: Added to the gradient, inside the trust ratio.
         nesterov: Steps along g + momentum m instead of m.
         eta: Trust coefficient.
-        clip: Bounds the effective rate of each weight by `lr`.
+        clip: Makes lr * q the smaller of `lr` and the unclipped q.
         eps: Keeps the ratio finite.
     """
 
@@ -167,29 +167,30 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "eta": eta, "clip": clip, "eps": eps, "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; `closure`, if given, computes the loss anew and its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if params := [parameter for parameter in group["params"] if parameter.grad is not None]:
-                self._update(params, group)
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if params:
+                self._update(params, [parameter.grad for parameter in params], group)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        updates = [parameter.grad for parameter in params]
-        ratios = _trust_ratios(params, updates, group) if group["adapt"] else None
-        if group["weight_decay"]:
-            updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
-        if ratios is not None:
-            updates = torch._foreach_mul(updates, ratios)
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        updates: Any = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        if group["adapt"]:
+            torch._foreach_mul_(updates, _trust_ratios(params, grads, group))
         if momentum := group["momentum"]:
-            buffers = [self._buffer(parameter) for parameter in params]
+            buffers: Any = [self._buffer(parameter) for parameter in params]
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, updates)
-            updates = torch._foreach_add(updates, buffers, alpha=momentum) if group["nesterov"] else buffers
+            if group["nesterov"]:
+                torch._foreach_add_(updates, buffers, alpha=momentum)
+            else:
+                updates = buffers
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def _buffer(self, parameter: Tensor) -> Tensor:
@@ -199,13 +200,13 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
+def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Any:
     """Computes q of every weight, as scalars on the device."""
     param_norm_P = torch.stack(torch._foreach_norm(params))
     grad_norm_P = torch.stack(torch._foreach_norm(grads))
     ratio_P = group["eta"] * param_norm_P / (grad_norm_P + group["weight_decay"] * param_norm_P + group["eps"])
     if group["clip"]:
-        ratio_P = (ratio_P / max(group["lr"], sys.float_info.min)).clamp(max=1)
+        ratio_P = (ratio_P / max(group["lr"], torch.finfo(torch.float32).tiny)).clamp(max=1)
     return torch.where((param_norm_P > 0) & (grad_norm_P > 0), ratio_P, 1.0).unbind()
 
 

@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Served(Protocol):
+class Waited(Protocol):
     """What the clock reads from a loader."""
 
     wait_s: float
-    steps_served: int
 
 
 class RunProgress:
@@ -76,25 +75,33 @@ class Clock:
     """Images per second and the share of time spent waiting for data, between two log lines.
 
     Args:
-        loader: Counts the steps it served and the seconds its consumer waited.
+        loader: Counts the seconds its consumer waited.
         batch_size: Images per step over all processes.
         now: The clock.
     """
 
-    def __init__(self, loader: Served, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, loader: Waited, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
         self.loader, self.batch_size, self.now = loader, batch_size, now
-        self.skip()
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.resume()
 
-    def skip(self) -> None:
-        """Starts anew, so that a look or a checkpoint does not count as training time."""
-        self.started, self.waited, self.served = self.now(), self.loader.wait_s, self.loader.steps_served
+    def resume(self) -> None:
+        """Goes on after a look or a checkpoint, which is not training time."""
+        self._started, self._waited = self.now(), self.loader.wait_s
+
+    def tick(self) -> None:
+        """Counts one finished step."""
+        self.steps += 1
+        self.seconds += self.now() - self._started
+        self.waited += self.loader.wait_s - self._waited
+        self.resume()
 
     def read(self) -> dict[str, float]:
-        """Returns the rates since the last read or skip."""
-        seconds = max(self.now() - self.started, 1e-9)
-        steps, waited = self.loader.steps_served - self.served, self.loader.wait_s - self.waited
-        self.skip()
-        return {
-            "images_per_second": round(steps * self.batch_size / seconds, 1),
-            "data_wait_percent": round(100 * waited / seconds, 2),
+        """Returns the rates since the last reading."""
+        seconds = max(self.seconds, 1e-9)
+        rates = {
+            "images_per_second": round(self.steps * self.batch_size / seconds, 1),
+            "data_wait_percent": round(100 * self.waited / seconds, 2),
         }
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        return rates

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from hf_ssl_or.data.cache import ImageSet
+from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError, NonFiniteLossError
@@ -86,6 +86,8 @@ class Trainer:
         self.total_steps = arguments.max_steps or arguments.epochs * self.loader.steps_per_epoch
         self.warmup_steps = round(arguments.optimizer.warmup_epochs * self.loader.steps_per_epoch)
         self.monitor = Monitor(images, bank_images or images, test_images, arguments, self.accelerator.device)
+        if arguments.keep_best == "knn" and self.monitor.test is None:
+            raise InputError("training.keep_best: knn needs labelled training and test images; rankme needs none")
         self.store = CheckpointStore(self.run_dir, keep_last=arguments.keep_last)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.meter = Meter()
@@ -108,7 +110,8 @@ class Trainer:
         if arguments.channels_last:
             method.use_channels_last()
         if arguments.compile:
-            method.encoder.compile()  # in place: the names in the state dict do not change
+            for encoder in method.encoders():
+                encoder.compile()  # in place: the names in the state dict do not change
         return method.train()
 
     def train(self, *, resume: bool = False) -> None:
@@ -130,36 +133,42 @@ class Trainer:
 
     def _run(self, start: int, stop_request: StopRequest) -> None:
         log = MetricLog(self.run_dir / "metrics.jsonl", self.accelerator, start)
-        progress = RunProgress(start, self.total_steps, enabled=self.accelerator.is_main_process)
-        steps_per_epoch, arguments = self.loader.steps_per_epoch, self.arguments
-        saved = start if start else -1
-        with progress:
-            clock = Clock(self.loader, arguments.batch_size)
+        clock = Clock(self.loader, self.arguments.batch_size)
+        with RunProgress(start, self.total_steps, enabled=self.accelerator.is_main_process) as progress:
             for batch in self.loader.batches(start, self.total_steps):
-                step, done = batch.step, batch.step + 1
                 self.training_step(batch)
+                clock.tick()
                 progress.advance()
-                if done % arguments.log_every == 0 or done == self.total_steps:
-                    values = self._fetch(step) | clock.read() | {"epoch": done / steps_per_epoch}
-                    log.write("train", step, values)
+                done = batch.step + 1
+                if done % self.arguments.log_every == 0 or done == self.total_steps:
+                    values = self._fetch(done) | clock.read() | {"epoch": done / self.loader.steps_per_epoch}
+                    log.write("train", batch.step, values)
                     progress.show(values)
-                epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0  # the epoch that just ended
-                value = None
-                if self._monitor_due(epoch, done):
-                    value = self._look(log, step)
-                    progress.show_monitor(value)
-                    clock.skip()
                 stop = stop_request.asked(done)
-                if stop or self._save_due(epoch, done) or (value and arguments.keep_best):
-                    self._save(done)
-                    saved = done
-                    if value and arguments.keep_best and self.accelerator.is_main_process:
-                        self.store.mark_best(done, value[arguments.keep_best], arguments.keep_best)
-                    clock.skip()
+                self._look_and_save(done, stop, log, progress)
+                clock.resume()
                 if stop and done < self.total_steps:
                     raise TrainingInterrupted(f"stopped by {stop_request.name} after step {done}; its state is saved")
-        if saved != self.total_steps:
-            self._save(self.total_steps)
+
+    def _look_and_save(self, done: int, stop: bool, log: MetricLog, progress: RunProgress) -> None:
+        """Does what is due after `done` steps: judges the encoder, saves a checkpoint, marks the best one."""
+        arguments, last = self.arguments, done == self.total_steps
+        epoch, rest = divmod(done, self.loader.steps_per_epoch)
+        look = arguments.monitor_every and (last or (rest == 0 and epoch % arguments.monitor_every == 0))
+        values: dict[str, float] = {}
+        if look:
+            values = self.monitor.look(self.encoder, self.run_dir / "spectra" / f"step-{done}.npz")
+            log.write("monitor", done - 1, values)
+            progress.show_monitor(values)
+        if arguments.save_steps is not None:
+            save = done % arguments.save_steps == 0
+        else:
+            save = rest == 0 and epoch % arguments.save_every == 0
+        best = values.get(arguments.keep_best) if arguments.keep_best else None
+        if save or last or stop or best is not None:
+            self._save(done)
+        if arguments.keep_best and best is not None and self.accelerator.is_main_process:
+            self.store.mark_best(done, best, arguments.keep_best)
 
     def training_step(self, batch: MultiViewBatch) -> SSLOutput:
         """One optimizer step on this process's part of the global batch; waits for nothing."""
@@ -183,38 +192,24 @@ class Trainer:
         self.meter.add({name: value.detach() for name, value in values.items()})
         return output
 
-    def _fetch(self, step: int) -> dict[str, float]:
-        if not bool(self.all_finite):
-            last = self.store.latest() if self.accelerator.is_main_process else None
-            good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
-            raise NonFiniteLossError(
-                f"the loss is not finite at or before step {step + 1}; lower the learning rate; {good}"
-            )
+    def _fetch(self, done: int) -> dict[str, float]:
+        """Brings the means since the last line to the host."""
+        self._check_finite(done)
         return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
 
-    # -- looking, saving, resuming ------------------------------------------------------------------------------------
+    def _check_finite(self, done: int) -> None:
+        if bool(self.all_finite):
+            return
+        last = self.store.latest()
+        good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
+        raise NonFiniteLossError(f"the loss is not finite at or before step {done}; lower the learning rate; {good}")
 
-    def _monitor_due(self, epoch: int, done: int) -> bool:
-        every = self.arguments.monitor_every
-        return bool(every) and ((epoch > 0 and epoch % every == 0) or done == self.total_steps)
-
-    def _save_due(self, epoch: int, done: int) -> bool:
-        arguments = self.arguments
-        if arguments.save_steps is not None:
-            return done % arguments.save_steps == 0
-        return epoch > 0 and epoch % arguments.save_every == 0
-
-    def _look(self, log: MetricLog, step: int) -> dict[str, float]:
-        values = self.monitor.look(self.encoder, self.run_dir / "spectra" / f"step-{step + 1}.npz")
-        log.write("monitor", step, values)
-        return values
+    # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self, done: int) -> None:
-        if not bool(self.all_finite):
-            self._fetch(done - 1)
+        self._check_finite(done)
         if self.accelerator.is_main_process:
-            groups, state = self._state()
-            self.store.save(done, groups, state)
+            self.store.save(done, *self._state())
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

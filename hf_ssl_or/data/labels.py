@@ -1,0 +1,45 @@
+"""Labels as numbers, and subsets that keep each class's share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_ssl_or.randomness import keyed_permutation
+
+
+def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tuple[np.ndarray | None, list[str] | None]:
+    """Turns labels into 0, ..., K - 1 and the names of the classes.
+
+    A split of which a label is missing (or negative, as some sets mark it) counts as unlabelled.
+
+    Args:
+        values: Numbers or words, one per image.
+        names: Names of the classes if the numbers are theirs already; else words and numbers are counted in sorted
+            order.
+    """
+    if not len(values) or any(value is None for value in values):
+        return None, None
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind in "iu" and array.min() < 0):
+        return None, None
+    if names is not None:
+        return array.astype(np.int64), names
+    kinds, labels = np.unique(array, return_inverse=True)
+    return labels.astype(np.int64), [str(kind) for kind in kinds]
+
+
+def choose_rows(labels: np.ndarray | None, n: int, fraction: float, seed: int) -> np.ndarray:
+    """Chooses a share of range(n), ascending; with labels, each class gives its share to within one image."""
+    if fraction == 1:
+        return np.arange(n)
+    order = keyed_permutation(n, seed, "fraction")
+    if labels is not None:
+        # The k-th of a class's m images stands at (k + 1/2) / m of the way, so a prefix takes the same share of each.
+        order = order[np.argsort(labels[order], kind="stable")]
+        _, start, count = np.unique(labels[order], return_index=True, return_counts=True)
+        place = (np.arange(n) - np.repeat(start, count) + 0.5) / np.repeat(count, count)
+        order = order[np.argsort(place, kind="stable")]
+    return np.sort(order[: max(1, round(fraction * n))])

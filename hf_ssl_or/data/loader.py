@@ -1,0 +1,160 @@
+"""Steps of a run: which images, which views, for this process; a function of (seed, step) and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ssl_or.data.cache import ImageSet
+from hf_ssl_or.data.views import draw_parameters, render_views
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.randomness import keyed_permutation
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
+
+_DEVICE_BYTES = 4 * 2**30  # sets up to this size move to the GPU's memory
+
+
+class ViewLoader:
+    """Gives each step's views to one process of a run.
+
+    An epoch is a permutation of the images keyed by (seed, epoch), cut into global batches; the last, incomplete one is
+    dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches together are the
+    single process's batch, whatever their number, and any step can be the first after a restart.
+
+    On a GPU the next step's views are rendered on a stream of their own while the current step runs.
+
+    Args:
+        images: The set.
+        views: Global views, at least two.
+        local_views: Smaller views, or none.
+        batch_size: Images per step over all processes.
+        seed: Seed of the run.
+        device: Where the views are wanted.
+        rank: This process's number.
+        world_size: Number of processes.
+        prefetch: Renders one step ahead on a GPU.
+
+    Attributes:
+        steps_per_epoch: Steps in one pass over the images.
+        wait_s: Seconds that the consumer has waited for batches in total (on a GPU: the host's part).
+
+    Raises:
+        InputError: The batch does not fit the set or the processes, or there are fewer than two views.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: Sequence[ViewSpec],
+        *,
+        local_views: Sequence[ViewSpec] = (),
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: bool = True,
+    ) -> None:
+        _check(len(images), images.name, len(views), batch_size, world_size)
+        self.device = torch.device(device)
+        self.images = images.to(self.device) if images.nbytes <= _DEVICE_BYTES else images
+        self.views, self.local_views = tuple(views), tuple(local_views)
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = len(images) // batch_size
+        self.wait_s = 0.0
+        self._prefetch = prefetch and self.device.type == "cuda"
+        self._order = lru_cache(maxsize=2)(lambda epoch: keyed_permutation(len(images), seed, "order", epoch))
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
+        """Yields the batches of global steps start_step, ..., stop_step - 1."""
+        produced = self._render_ahead(start_step, stop_step) if self._prefetch else self._render(start_step, stop_step)
+        while True:
+            asked = time.perf_counter()
+            batch = next(produced, None)
+            self.wait_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def indices(self, step: int) -> np.ndarray:
+        """Gives the indices of this process's images at a global step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.batch_size // self.world_size
+        first = place * self.batch_size + self.rank * size
+        return self._order(epoch)[first : first + size]
+
+    def _render(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
+        steps = range(start_step, stop_step)
+        pixels = self.images.stream((self.indices(step) for step in steps), self.device)
+        for step, images_BCHW in zip(steps, pixels, strict=True):
+            yield self._batch(step, images_BCHW)
+
+    def _batch(self, step: int, images_BCHW: Tensor) -> MultiViewBatch:
+        index_B, labels = self.indices(step), self.images.labels
+        local = self._views(self.local_views, len(self.views), step, images_BCHW) if self.local_views else None
+        index = torch.from_numpy(index_B.astype(np.int64))
+        return MultiViewBatch(
+            views_VBCHW=self._views(self.views, 0, step, images_BCHW),
+            index_B=_to_device(index, self.device),
+            labels_B=None if labels is None else _to_device(labels[index], self.device),
+            local_views_VBCHW=local,
+            seed=self.seed,
+            step=step,
+        )
+
+    def _views(self, specs: Sequence[ViewSpec], first_view: int, step: int, images_BCHW: Tensor) -> Tensor:
+        parameters = draw_parameters(
+            specs,
+            seed=self.seed,
+            epoch=step // self.steps_per_epoch,
+            index_B=self.indices(step),
+            source_size=images_BCHW.shape[-1],
+            image_size=self.images.image_size,
+            first_view=first_view,
+        )
+        return render_views(images_BCHW, parameters, self.images.mean, self.images.std)
+
+    def _render_ahead(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
+        """Renders step k + 1 on a side stream before step k is handed out."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        rendered, waiting = self._render(start_step, stop_step), None
+        while True:
+            with torch.cuda.stream(side):
+                batch = next(rendered, None)
+                done = side.record_event()
+            if waiting is not None:
+                yield _hand_over(*waiting, torch.cuda.current_stream(self.device))
+            if batch is None:
+                return
+            waiting = batch, done
+
+
+def _hand_over(batch: MultiViewBatch, done: torch.cuda.Event, stream: torch.cuda.Stream) -> MultiViewBatch:
+    """Makes `stream` wait for the batch, and the allocator wait for `stream` before it reuses the batch's memory."""
+    stream.wait_event(done)
+    for tensor in (batch.views_VBCHW, batch.local_views_VBCHW, batch.index_B, batch.labels_B):
+        if tensor is not None:
+            tensor.record_stream(stream)
+    return batch
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _check(images: int, name: str, views: int, batch_size: int, world_size: int) -> None:
+    if views < 2:
+        raise InputError(f"views: a method compares at least 2 views of an image, not {views}")
+    if batch_size < world_size or batch_size % world_size:
+        raise InputError(
+            f"training.batch_size: {batch_size} images do not divide among {world_size} processes; take a multiple"
+        )
+    if batch_size > images:
+        raise InputError(f"training.batch_size: {batch_size} is more than the {images} images of {name}")

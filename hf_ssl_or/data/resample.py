@@ -1,0 +1,76 @@
+"""Crop, resize, flip and blur as matrices: what is linear and separable becomes two batched products.
+
+Row i of a matrix holds the weights with which the pixels of a source row make output pixel i. The triangle filter
+widens when it shrinks (antialias), exactly as in torchvision's resize, so one form serves small and large crops.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def crop_matrix(
+    start_N: Tensor, length_N: Tensor, size: int, source_size: int, flip_N: Tensor | None = None
+) -> Tensor:
+    """Weights that take [start, start + length) of a line of pixels, resize it, and flip it if asked.
+
+    Args:
+        start_N: First pixel of each crop (whole numbers in float).
+        length_N: Pixels of each crop.
+        size: Pixels of the result.
+        source_size: Pixels of the source.
+        flip_N: 1 where the result runs backwards, 0 elsewhere.
+
+    Returns:
+        (N, size, source_size), each row summing to 1.
+    """
+    start_N11, length_N11 = start_N.view(-1, 1, 1), length_N.view(-1, 1, 1)
+    out_1S1 = torch.arange(size, device=start_N.device, dtype=start_N.dtype).add_(0.5).view(1, -1, 1)
+    pixel_11S = torch.arange(source_size, device=start_N.device, dtype=start_N.dtype).add_(0.5).view(1, 1, -1)
+    if flip_N is not None:
+        out_1S1 = torch.where(flip_N.view(-1, 1, 1) > 0, size - out_1S1, out_1S1)
+    scale_N11 = length_N11 / size
+    slope_N11 = scale_N11.clamp(min=1).reciprocal_()
+    weight = (pixel_11S * slope_N11) - (start_N11 + out_1S1 * scale_N11) * slope_N11
+    weight.abs_().neg_().add_(1).clamp_(min=0)
+    weight.mul_((pixel_11S > start_N11) & (pixel_11S < start_N11 + length_N11))
+    return weight.div_(weight.sum(-1, keepdim=True))
+
+
+def blur_matrix(sigma_N: Tensor, radius: int, size: int) -> Tensor:
+    """Weights of a Gaussian blur of a line of pixels that is mirrored at its ends (without repeating the end pixel).
+
+    Args:
+        sigma_N: Standard deviation in pixels.
+        radius: Half-width of the kernel, less than `size`; torchvision's `kernel_size` is 2 * radius + 1.
+        size: Pixels of the line.
+
+    Returns:
+        (N, size, size), each row summing to 1.
+    """
+    offset_K = torch.arange(-radius, radius + 1, device=sigma_N.device, dtype=sigma_N.dtype)
+    kernel_NK = (-0.5 * (offset_K / sigma_N[:, None]).square()).exp()
+    kernel_NK = kernel_NK / kernel_NK.sum(-1, keepdim=True)
+    spread = _mirrored_shifts(radius, size, str(sigma_N.device)).to(sigma_N.dtype)
+    return (kernel_NK @ spread).view(-1, size, size)
+
+
+@lru_cache(maxsize=8)
+def _mirrored_shifts(radius: int, size: int, device: str) -> Tensor:
+    """(2 * radius + 1, size * size): the matrix of a shift by each offset, on a mirrored line."""
+    line = torch.arange(size, dtype=torch.float32).view(1, size)
+    source = F.pad(line, (radius, radius), mode="reflect").long().view(-1).unfold(0, size, 1)  # (offset, i) -> pixel
+    return F.one_hot(source, size).float().flatten(1).to(device)
+
+
+def apply_lines(x_NCHW: Tensor, rows_NhH: Tensor, columns_NwW: Tensor) -> Tensor:
+    """Applies a matrix to the columns and one to the rows of each image: (N, C, h, w)."""
+    n, channels, height, width = x_NCHW.shape
+    x = torch.empty(n, height, channels, width, dtype=rows_NhH.dtype, device=x_NCHW.device)
+    x = torch.bmm(rows_NhH, x.copy_(x_NCHW.transpose(1, 2)).view(n, height, channels * width))
+    x = x.view(n, -1, channels, width).transpose(1, 2).reshape(n, -1, width)
+    return torch.bmm(x, columns_NwW.transpose(1, 2)).view(n, channels, rows_NhH.shape[1], columns_NwW.shape[1])

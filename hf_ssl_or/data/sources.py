@@ -1,0 +1,113 @@
+"""Where images come from: the Hub, parquet, folders, WebDataset shards, or the built-in shapes; one interface."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.files import FolderSource, TarSource, expand_shards, folder_splits
+from hf_ssl_or.data.shapes import ShapesSource
+from hf_ssl_or.data.tables import TableSource, is_saved, load_tables
+from hf_ssl_or.errors import InputError
+
+
+class ImageSource(Protocol):
+    """A split of a data set.
+
+    Attributes:
+        name: What the user calls it.
+        fingerprint: Changes when the content does.
+        labels: int64, (n,), or None where an image has none.
+        class_names: Names of the labels, or None.
+    """
+
+    name: str
+    fingerprint: str
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> Image.Image | np.ndarray:
+        """Opens image i: a PIL image that need not be decoded yet, or a uint8 array (H, W, 3)."""
+        ...
+
+    def describe(self, i: int) -> str:
+        """Says where image i is, for messages."""
+        ...
+
+
+def load_source(arguments: DataArguments, split: str) -> ImageSource:
+    """Opens a split.
+
+    Raises:
+        InputError: There is no such data set, split or column, or it holds no image.
+    """
+    kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
+    source: ImageSource
+    if kind == "table":
+        tables = load_tables(arguments)
+        _check_split(arguments, split, list(tables))
+        source = TableSource(tables[split], arguments, split)
+    else:
+        _check_split(arguments, split, list_splits(arguments))
+        if kind == "shapes":
+            train = split == arguments.train_split
+            n = arguments.shapes_train if train else arguments.shapes_test
+            source = ShapesSource(n, seed=0 if train else 1, size=arguments.image_size)
+        elif kind == "shards":
+            source = TarSource(arguments.dataset, _shards(arguments, split))
+        else:
+            source = FolderSource(arguments.dataset, folder / split if folder_splits(folder) else folder)
+    if not len(source):
+        raise InputError(f"data.dataset: there is no image in {arguments.dataset}, split {split!r}")
+    return source
+
+
+def list_splits(arguments: DataArguments) -> list[str]:
+    """Names the splits of a data set, so that a run without test images can go without what is measured on them."""
+    kind, both = _kind(arguments.dataset), [arguments.train_split, arguments.test_split]
+    if kind == "table":
+        return list(load_tables(arguments))
+    if kind == "shapes":
+        return both if arguments.shapes_test else both[:1]
+    if kind == "shards":
+        return [split for split in both if _shards(arguments, split)] if "{split}" in arguments.dataset else both[:1]
+    return folder_splits(Path(arguments.dataset).expanduser()) or both[:1]
+
+
+def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "table"]:
+    if dataset == "shapes":
+        return "shapes"
+    if dataset.endswith((".tar", ".tar}")):
+        return "shards"
+    folder = Path(dataset).expanduser()
+    if folder.is_dir():
+        return "table" if is_saved(folder) or any(folder.rglob("*.parquet")) else "folder"
+    if folder.exists():
+        raise InputError(f"data.dataset: {dataset} is a file; name the folder that it is in")
+    if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
+        raise InputError(f"data.dataset: there is no folder {dataset}")
+    return "table"
+
+
+def _check_split(arguments: DataArguments, split: str, splits: list[str]) -> None:
+    if split not in splits:
+        raise InputError(
+            f"data: {arguments.dataset} has no split {split!r}; available: {', '.join(splits) or 'none'} "
+            "(data.train_split and data.test_split name them)"
+        )
+
+
+def _shards(arguments: DataArguments, split: str) -> list[Path]:
+    """Lists the shards of a split; a split of which there is none has none."""
+    shards = expand_shards(arguments.dataset, split)
+    missing = [shard for shard in shards if not shard.exists()]
+    if missing and len(missing) < len(shards):
+        raise InputError(f"data.dataset: {len(missing)} of {len(shards)} shards are missing, the first: {missing[0]}")
+    return [] if missing else shards

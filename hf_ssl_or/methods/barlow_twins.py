@@ -1,0 +1,99 @@
+"""Barlow Twins (Zbontar et al., ICML 2021): views agree in each dimension, and dimensions do not repeat each other.
+
+With x_v the projections of view v, standardised over the batch of N images, and C(a, b) = a^T b / N:
+
+    V = 2:  sum_i (C(x_1, x_2)_ii - 1)^2 + beta sum_{i != j} C(x_1, x_2)_ij^2
+    V > 2:  mean_v sum_i (C(x_v, m)_ii - 1)^2 + beta sum_{i != j} C(m, m)_ij^2,  m the mean of the views
+
+The second line is the multi-view loss of Ghosh et al. (NeurIPS 2024, eq. 10) as in their code: one product of matrices
+in place of V (V - 1) / 2. As C(x_v, x_v)_ii = 1, its first sum is ((V - 1) / V)^2 times that of each view against the
+mean of the other views, which at V = 2 would be the first line's. Its second sum, of an auto-correlation, is not the
+first line's at V = 2 under any factor, so two views keep the published loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import SSLMethod, require_positive, settings
+from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.terms import full_precision, product_split, standardise
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+
+@settings
+class Config:
+    """Settings of Barlow Twins.
+
+    Attributes:
+        projector_hidden: Width of the projector's hidden layers.
+        projector_dim: D, the width of the projections.
+        projector_layers: Number of linear layers.
+        beta: Weight of the off-diagonal term; "auto" follows D, see `auto_beta`.
+        scale: Factor on the whole loss; matters beside weight decay and penalties.
+    """
+
+    projector_hidden: int = 256  # small projectors: hidden = D; solo-learn, CIFAR: 2048
+    projector_dim: int = 256  # solo-learn, CIFAR: 2048; the paper, ImageNet: 8192
+    projector_layers: int = 2  # the paper: 3
+    beta: float | int | Literal["auto"] = "auto"  # the paper: 0.0051
+    scale: float | int = 1.0  # solo-learn, with LARS: 0.1
+
+    def validate_ranges(self) -> None:
+        """Checks that sizes and weights make sense."""
+        require_positive(self, "projector_hidden", "projector_dim", "projector_layers", "scale")
+        if self.beta != "auto" and self.beta < 0:
+            raise ValueError(f"beta: must be 'auto' or at least 0, not {self.beta}")
+
+
+def auto_beta(dim: int) -> float:
+    """Gives beta = c / D, c = 5 up to D = 512 and 2 above: what tuning found in Ghosh et al. (NeurIPS 2024)."""
+    return (5 if dim <= 512 else 2) / dim
+
+
+@full_precision
+def barlow_twins_loss(z_VND: Tensor, beta: float, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gives the loss and its unweighted terms, from the projections of the global batch."""
+    views, images = z_VND.shape[:2]
+    x_VND = standardise(z_VND)
+    if views == 2:
+        diagonal_VD, off_diagonal = product_split(x_VND[0], x_VND[1])
+    else:
+        mean_ND = x_VND.mean(0)
+        diagonal_VD = (x_VND * mean_ND).sum(1)
+        off_diagonal = product_split(mean_ND, mean_ND)[1]
+    invariance = (diagonal_VD / images - 1).square().sum(-1).mean()
+    redundancy = off_diagonal / images**2
+    return scale * (invariance + beta * redundancy), {"invariance": invariance, "redundancy": redundancy}
+
+
+class Method(SSLMethod):
+    """Barlow Twins for any number of views."""
+
+    config_class = Config
+    views = (  # solo-learn, CIFAR: asymmetric
+        ViewSpec(crop_scale=(0.08, 1.0)),
+        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
+    )
+    citation = """@inproceedings{zbontar2021barlow,
+  title = {Barlow Twins: Self-Supervised Learning via Redundancy Reduction},
+  author = {Zbontar, Jure and Jing, Li and Misra, Ishan and LeCun, Yann and Deny, St{\\'e}phane},
+  booktitle = {International Conference on Machine Learning},
+  year = {2021}
+}"""
+
+    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.projector = ProjectionHead(
+            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
+        )
+        self.beta = auto_beta(config.projector_dim) if config.beta == "auto" else config.beta
+
+    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+        """Compares the projections of the views."""
+        features_VBF = self.encode(batch.views_VBCHW)
+        z_VND = gather_batch(self.projector(features_VBF), dim=1)
+        return self.output(*barlow_twins_loss(z_VND, self.beta, self.config.scale), features_VBF)

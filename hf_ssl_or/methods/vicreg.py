@@ -1,0 +1,95 @@
+"""VICReg (Bardes et al., ICLR 2022): views agree, each dimension varies, and dimensions do not covary.
+
+For two batches a and b of N projections, with `var` and `cov` over the batch (unbiased):
+
+    L(a, b) = 25 mean (a - b)^2 + 25 (h(a) + h(b)) / 2 + 1 (c(a) + c(b))
+    h(a) = mean_i max(0, 1 - sqrt(var(a)_i + 1e-4)),   c(a) = sum_{i != j} cov(a)_ij^2 / D
+
+V views: the mean over v of L(z_v, mean of the other views), as in the code of Ghosh et al. (NeurIPS 2024). Two views
+give the mean of L(z_1, z_2) and L(z_2, z_1), which is the published loss. The cost is V such losses in place of V^2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import SSLMethod, require_positive, settings
+from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+
+@settings
+class Config:
+    """Settings of VICReg.
+
+    Attributes:
+        projector_hidden: Width of the projector's hidden layers.
+        projector_dim: D, the width of the projections.
+        projector_layers: Number of linear layers.
+        invariance_weight: Weight of the squared distance of views.
+        variance_weight: Weight of the hinge on standard deviations.
+        covariance_weight: Weight of the squared covariances.
+    """
+
+    projector_hidden: int = 2048  # solo-learn, CIFAR; the paper, ImageNet: 8192
+    projector_dim: int = 2048  # solo-learn, CIFAR; Ghosh et al.: 256
+    projector_layers: int = 3
+    invariance_weight: float | int = 25.0
+    variance_weight: float | int = 25.0
+    covariance_weight: float | int = 1.0
+
+    def validate_ranges(self) -> None:
+        """Checks that sizes and weights make sense."""
+        require_positive(self, "projector_hidden", "projector_dim", "projector_layers")
+        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
+
+
+@full_precision
+def vicreg_loss(
+    z_VND: Tensor, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gives the loss and its unweighted terms, from the projections of the global batch."""
+    images, dim = z_VND.shape[1:]
+    others_VND = mean_of_others(z_VND)
+    invariance = (z_VND - others_VND).square().mean()
+    batches = z_VND if len(z_VND) == 2 else torch.cat([z_VND, others_VND])  # two views are each other's "others"
+    centred = batches - batches.mean(1, keepdim=True)
+    squares, off_diagonal = product_split(centred, centred)
+    variance = variance_hinge(squares / (images - 1))
+    covariance = 2 * off_diagonal.mean() / ((images - 1) ** 2 * dim)
+    loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
+    return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
+
+
+class Method(SSLMethod):
+    """VICReg for any number of views."""
+
+    config_class = Config
+    views = (ViewSpec(solarize=0.1),)  # solo-learn, CIFAR
+    citation = """@inproceedings{bardes2022vicreg,
+  title = {{VICReg}: Variance-Invariance-Covariance Regularization for Self-Supervised Learning},
+  author = {Bardes, Adrien and Ponce, Jean and LeCun, Yann},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022}
+}"""
+
+    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.projector = ProjectionHead(
+            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
+        )
+
+    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+        """Compares the projections of the views."""
+        features_VBF = self.encode(batch.views_VBCHW)
+        z_VND = gather_batch(self.projector(features_VBF), dim=1)
+        config = self.config
+        weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
+        return self.output(*vicreg_loss(z_VND, *weights), features_VBF)

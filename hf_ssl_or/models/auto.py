@@ -1,0 +1,208 @@
+"""Encoders by name, `create_encoder("resnet18", stem="small", image_size=32)`, and where their weights start from."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
+
+from hf_ssl_or.models.configuration_ssl import (
+    OWN_RESNETS,
+    SHORT_VITS,
+    OrthogonalityConfig,
+    SSLConfig,
+    list_architectures,
+    nearest,
+)
+from hf_ssl_or.models.modeling_ssl import SSLModel
+from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
+from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
+
+FAMILIES: tuple[type[SSLModel], ...] = (SSLResNetModel, SSLViTModel)
+
+
+def list_encoders(pattern: str = "*") -> list[str]:
+    """Lists the names that `create_encoder` takes, our own first in each family.
+
+    Args:
+        pattern: Glob pattern that the names must match.
+    """
+    names = [name for family in FAMILIES for name in list_architectures(family.config_class.model_type)]
+    return fnmatch.filter(names, pattern)
+
+
+def create_encoder(
+    name: str,
+    *,
+    stem: str | None = None,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    channels: list[int] | None = None,
+    pooling: str | None = None,
+    num_channels: int | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    orthogonality: OrthogonalityConfig | dict[str, Any] | None = None,
+    **model_args: Any,
+) -> SSLResNetModel | SSLViTModel:
+    """Makes an encoder. An option left at None takes the architecture's value, or that of `init_from`.
+
+    Args:
+        name: Architecture, see `list_encoders`.
+        stem: ResNets: "standard", or "small" (3x3, stride 1, no max-pool) for images of 32-64 pixels.
+        image_size: Side of the square images in pixels.
+        patch_size: ViTs: side of a patch in pixels.
+        channels: ResNets: width of each stage.
+        pooling: ViTs: features of the class "token", or the "avg" of the patches.
+        num_channels: Channels of an image.
+        init_from: Where the weights come from: a timm name with a tag ("resnet18.a1_in1k"), a Hub id, or a folder, in
+            this package's layout or timm's. Only safetensors are read.
+        orthogonality: Settings to keep in the configuration.
+        **model_args: Further keyword arguments of the timm model.
+
+    Raises:
+        ValueError: A name or an option is unknown or refused, or the weights do not fit; the message names it.
+    """
+    options: dict[str, Any] = {
+        "stem": stem,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "pooling": pooling,
+        "num_channels": num_channels,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    family = _family(name)
+    config_class = family.config_class
+    known = {field.name for field in fields(config_class)}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option}: {name} is of the family {config_class.model_type}, which has no such option")
+    checkpoint = None if init_from is None else _Checkpoint(init_from, name)
+    if checkpoint is not None:
+        saved_options, saved_args = checkpoint.settings(config_class)
+        options, model_args = saved_options | options, saved_args | model_args
+    try:
+        config = config_class(architecture=name, orthogonality=orthogonality, model_args=model_args, **options)
+    except StrictDataclassError as error:  # a wrong type, which is no ValueError
+        raise ValueError(" ".join(str(error).split())) from error
+    model = family(config)
+    if checkpoint is not None:
+        _load(model, checkpoint)
+    return model
+
+
+def _family(name: str) -> type[SSLModel]:
+    if name in OWN_RESNETS:
+        return SSLResNetModel
+    if name not in SHORT_VITS and (not timm.is_model(name) or "." in name):
+        raise ValueError(f"unknown encoder {name!r}{nearest(name, list_encoders())}")
+    with torch.device("meta"):
+        net = timm.create_model(SHORT_VITS.get(name, name))
+    for family in FAMILIES:
+        if type(net) in family.config_class.timm_classes:
+            return family
+    raise ValueError(f"unknown encoder {name!r}: a timm {type(net).__name__} is of none of our families")
+
+
+_SHAPING = {"stem", "image_size", "patch_size", "channels", "pooling", "num_channels"}
+_TIMM_NAMES = {"img_size": "image_size", "global_pool": "pooling", "in_chans": "num_channels"}
+
+
+class _Checkpoint:
+    """A folder on disk or on the Hub that holds a configuration and safetensors, in our layout or timm's."""
+
+    def __init__(self, source: str | os.PathLike[str], name: str) -> None:
+        self.source = os.fspath(source)
+        path = self._fetch("config.json")
+        if path is None:
+            raise ValueError(
+                f"init_from: {self.source} has no config.json, or is not in the cache of this offline machine"
+            )
+        self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.is_ours = str(self.config.get("model_type", "")).startswith("ssl_")
+        if "architecture" not in self.config:
+            raise ValueError(f"init_from: {self.source} is neither of this package's layout nor of timm's")
+        if self.is_ours and self.config["architecture"] != name:
+            raise ValueError(f"init_from: {self.source} is a {self.config['architecture']}, not a {name}")
+
+    def settings(self, config_class: type[SSLConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Gives the options that shape the net, and the further arguments of timm."""
+        saved = self.config if self.is_ours else self.config.get("model_args", {})
+        named = {_TIMM_NAMES.get(key, key): value for key, value in saved.items() if value is not None}
+        known = {field.name for field in fields(config_class)}
+        options = {key: value for key, value in named.items() if key in known & _SHAPING}
+        for key in ("image_size", "patch_size"):
+            if isinstance(options.get(key), list):  # timm writes [height, width]
+                options[key] = options[key][0]
+        if self.is_ours:
+            return options, self.config["model_args"]
+        taken = {*config_class.fixed_arguments, *options}
+        return options, {key: value for key, value in saved.items() if key not in taken}
+
+    def read(self) -> dict[str, Tensor]:
+        """Gives the weights by timm's names, without a head."""
+        weights = self._read_files()
+        if not self.is_ours:
+            head = self.config.get("pretrained_cfg", {}).get("classifier") or ("fc", "head")
+            prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
+            return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+        marker = "timm_model."
+        return {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}
+
+    def _read_files(self) -> dict[str, Tensor]:
+        whole = self._fetch("model.safetensors")
+        if whole is not None:
+            return load_file(whole)
+        index = self._fetch("model.safetensors.index.json")
+        if index is None:
+            raise ValueError(f"init_from: {self.source} has no model.safetensors; only safetensors are read")
+        weights: dict[str, Tensor] = {}
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            shard = self._fetch(name)
+            if shard is None:
+                raise ValueError(f"init_from: {self.source} has no {name}, which its index names")
+            weights.update(load_file(shard))
+        return weights
+
+    def _fetch(self, name: str) -> Path | None:
+        folder = Path(self.source)
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        try:
+            return Path(hf_hub_download(self.source if "/" in self.source else f"timm/{self.source}", name))
+        except EntryNotFoundError:
+            return None
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise ValueError(f"init_from: {self.source} is neither a folder nor a repository on the Hub") from error
+
+
+def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:
+    """Copies the weights; those of a ViT's patches and positions are resampled by timm where the sizes differ."""
+    net, weights = model.timm_model, checkpoint.read()
+    if isinstance(model, SSLViTModel):
+        weights = checkpoint_filter_fn(weights, net)
+    expected = net.state_dict()
+    for key in sorted(expected.keys() ^ weights.keys()):
+        side = "has no" if key in expected else "has an unknown"
+        raise ValueError(f"init_from: {checkpoint.source} {side} {key}")
+    for key, value in expected.items():
+        if value.shape != weights[key].shape:
+            shapes = f"{tuple(weights[key].shape)} there, {tuple(value.shape)} here"
+            raise ValueError(f"init_from: {key} of {checkpoint.source} does not fit: {shapes}")
+    net.load_state_dict(weights)

@@ -1,0 +1,268 @@
+"""What both families share: timm's net inside a transformers model, its head for classification, its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ssl import SSLConfig
+
+
+class SSLPreTrainedModel(PreTrainedModel):
+    """What transformers must know of every model here."""
+
+    config: SSLConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+
+class SSLModel(SSLPreTrainedModel):
+    """timm's net without a head; its own loop over the blocks gives hidden states and gradient checkpointing.
+
+    Attributes:
+        timm_model: The net, in timm's own layout.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.timm_model = self.build_timm_model(config)
+        if not any(tensor.is_meta for tensor in self.parameters()):
+            self._mark_initialized()
+        self.post_init()
+
+    @staticmethod
+    def build_timm_model(config: SSLConfig) -> nn.Module:
+        """Builds the net with timm's own initialisation."""
+        name, arguments = config.timm_arguments()
+        return timm.create_model(name, pretrained=False, **arguments)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = True,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images.
+
+        Args:
+            pixel_values: Normalised images (B, C, H, W).
+            output_hidden_states: Also gives the stem's output and that of every stage (every block of a ViT).
+            interpolate_pos_encoding: Take images of other sizes than `config.image_size`. A ResNet takes any size; a
+                ViT resamples its position embeddings, or refuses with False.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `pooler_output` (B, hidden_size); `last_hidden_state` (B, hidden_size, H', W') of a ResNet, or
+            (B, tokens, hidden_size) of a ViT after its last norm; `hidden_states` are before that norm.
+
+        Raises:
+            ValueError: A ViT cannot take images of this size.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x = self.embed(pixel_values.to(self.dtype), interpolate_pos_encoding)
+        hidden_states = [x]
+        for stage in self.stages():
+            for block in stage:
+                x = self._run(block, x)
+            if output_hidden_states:
+                hidden_states.append(x)
+        x = self.finish(x)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=self.timm_model.forward_head(x, pre_logits=True),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """Runs what comes before the first block."""
+        raise NotImplementedError
+
+    def stages(self) -> Iterable[Iterable[nn.Module]]:
+        """Gives the blocks of each stage."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Runs the norm after the last block, where there is one."""
+        raise NotImplementedError
+
+    def stage_widths(self) -> list[int]:
+        """Gives the channels of the stem's output and of every stage."""
+        raise NotImplementedError
+
+    def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
+        """Gives hidden state `index` of images of `size` (H, W) as a map (B, channels, H', W')."""
+        raise NotImplementedError
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(_Recomputed(block), x)
+        return block(x)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Gives every tensor that no checkpoint filled the value it has in a fresh net, all at the first call.
+
+        Whatever the net is, this is timm's own initialisation; `init.copy_` leaves loaded tensors alone.
+        """
+        with torch.device("cpu"):
+            fresh = self.build_timm_model(self.config)
+        values = dict(chain(fresh.named_parameters(), fresh.named_buffers()))
+        for name, tensor in chain(self.timm_model.named_parameters(), self.timm_model.named_buffers()):
+            init.copy_(tensor, values[name])
+        self._mark_initialized()
+
+    def _mark_initialized(self) -> None:
+        """Tells transformers to leave the weights as they are."""
+        for module in self.modules():
+            module._is_hf_initialized = True
+
+
+class _Recomputed:
+    """A block for `checkpoint`: the first call is plain, later ones leave BatchNorm's running statistics alone."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.ran = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.ran:
+            self.ran = not torch.compiler.is_compiling()
+            return self.block(x)
+        with _statistics_kept(self.block):
+            return self.block(x)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Lets BatchNorm update copies of its running statistics, which are then thrown away."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
+
+
+class SSLForImageClassification(SSLPreTrainedModel):
+    """An encoder and a linear layer on its pooled features."""
+
+    encoder_class: type[SSLModel]
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = self.encoder_class(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = True,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classifies images.
+
+        Args:
+            pixel_values: Normalised images (B, C, H, W).
+            labels: Labels (B), for the loss that `config.problem_type` names.
+            output_hidden_states: As for the encoder.
+            interpolate_pos_encoding: As for the encoder.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `logits` (B, num_labels), and with labels the scalar `loss`.
+        """
+        output = self.encoder(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        logits = self.classifier(output.pooler_output)
+        return ImageClassifierOutputWithNoAttention(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+
+
+class SSLBackbone(BackboneMixin, SSLPreTrainedModel):
+    """An encoder as a backbone of detectors and the like: feature maps of the stages named in `out_features`."""
+
+    encoder_class: type[SSLModel]
+    has_attentions = False
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.num_features = self.encoder.stage_widths()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = True,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput:
+        """Gives feature maps.
+
+        Args:
+            pixel_values: Normalised images (B, C, H, W).
+            output_hidden_states: Also gives all hidden states.
+            interpolate_pos_encoding: As for the encoder.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `feature_maps`: for each of `out_features`, a map (B, channels, H', W') after the last norm (of a ResNet:
+            where it is the last stage's).
+        """
+        output = self.encoder(
+            pixel_values,
+            output_hidden_states=True,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        wanted = [self.stage_names.index(name) for name in self.out_features]
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BackboneOutput(
+            feature_maps=tuple(self.encoder.feature_map(output, i, pixel_values.shape[-2:]) for i in wanted),
+            hidden_states=output.hidden_states if keep else None,
+        )

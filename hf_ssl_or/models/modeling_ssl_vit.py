@@ -1,0 +1,73 @@
+"""Vision transformer encoders: timm's `VisionTransformer`, on images of any size that its patches divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_ssl import SSLViTConfig
+from .modeling_ssl import SSLBackbone, SSLForImageClassification, SSLModel
+
+
+class SSLViTModel(SSLModel):
+    """A vision transformer without a head. Each of its blocks is a stage."""
+
+    config_class = SSLViTConfig
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """Gives the tokens of images (B, C, H, W) with their positions (B, tokens, hidden_size)."""
+        net = self.timm_model
+        height, width = pixel_values.shape[-2:]
+        size, patch = self.config.image_size, self.config.patch_size
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(f"pixel_values: images of {height}x{width}, expected {size}x{size}")
+        if height % patch or width % patch:
+            raise ValueError(f"pixel_values: {height}x{width} is not a multiple of the patch size {patch}")
+        tokens = net._pos_embed(net.patch_embed(pixel_values))
+        return net.norm_pre(net.patch_drop(tokens))
+
+    def stages(self) -> Iterable[Iterable[nn.Module]]:
+        """Gives the transformer blocks, each as a stage of its own."""
+        return [[block] for block in self.timm_model.blocks]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Runs the last norm (with average pooling, timm's norm comes after the pooling instead)."""
+        return self.timm_model.norm(x)
+
+    def stage_widths(self) -> list[int]:
+        """Gives the width of the embedding and of every block."""
+        return [self.timm_model.embed_dim] * (len(self.timm_model.blocks) + 1)
+
+    def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
+        """Gives the patches' hidden state `index`, after the last norm, as a map (B, hidden_size, H', W')."""
+        net, patch = self.timm_model, self.config.patch_size
+        patches = net.norm(output.hidden_states[index])[:, net.num_prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, (size[0] // patch, size[1] // patch)).contiguous()
+
+
+class SSLViTForImageClassification(SSLForImageClassification):
+    """A vision transformer and a linear layer on its pooled features."""
+
+    config_class = SSLViTConfig
+    encoder_class = SSLViTModel
+    _no_split_modules = SSLViTModel._no_split_modules
+    _supports_sdpa = True
+
+
+class SSLViTBackbone(SSLBackbone):
+    """A vision transformer that gives its tokens as feature maps."""
+
+    config_class = SSLViTConfig
+    encoder_class = SSLViTModel
+    _no_split_modules = SSLViTModel._no_split_modules
+    _supports_sdpa = True
+
+
+SSLViTModel.register_for_auto_class("AutoModel")
+SSLViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+SSLViTBackbone.register_for_auto_class("AutoBackbone")

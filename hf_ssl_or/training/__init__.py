@@ -1,0 +1,1 @@
+"""Training: arguments, optimizers, the loop, checkpoints."""

@@ -1,0 +1,34 @@
+"""What tests of methods share: a tiny encoder that looks like a transformers model, with or without batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class TinyEncoder(nn.Module):
+    def __init__(self, batch_norm: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(8) if batch_norm else nn.GroupNorm(2, 8)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU(inplace=True), nn.Conv2d(8, 16, 3), nn.ReLU()
+        )
+        self.config = SimpleNamespace(hidden_size=16)
+        self.seen: list[int] = []
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        self.seen.append(len(pixel_values))
+        return SimpleNamespace(pooler_output=self.layers(pixel_values).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny_encoder() -> Callable[..., TinyEncoder]:
+    def make(batch_norm: bool = True, seed: int = 0) -> TinyEncoder:
+        torch.manual_seed(seed)
+        return TinyEncoder(batch_norm)
+
+    return make

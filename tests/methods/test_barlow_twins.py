@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from lightly.loss import BarlowTwinsLoss
+
+from hf_ssl_or.methods.barlow_twins import Config, Method, auto_beta, barlow_twins_loss
+
+
+@pytest.mark.parametrize(("images", "dim"), [(12, 5), (5, 12)])
+def test_two_views_equal_lightly_with_gradient(images, dim):
+    torch.manual_seed(0)
+    z_VND = torch.randn(2, images, dim, dtype=torch.float64, requires_grad=True)
+    loss, _ = barlow_twins_loss(z_VND, 0.02)
+    expected = BarlowTwinsLoss(lambda_param=0.02)(*z_VND.unbind())
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(loss, z_VND), torch.autograd.grad(expected, z_VND)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("views", [3, 5])
+@pytest.mark.parametrize(("images", "dim"), [(7, 4), (4, 7)])
+def test_more_views_equal_the_formula(views, images, dim):
+    torch.manual_seed(views)
+    z_VND = torch.randn(views, images, dim, dtype=torch.float64)
+    x = [(z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in z_VND]
+    mean = sum(x) / views
+    invariance = sum(((view.T @ mean / images).diagonal() - 1).square().sum() for view in x) / views
+    correlation = mean.T @ mean / images
+    redundancy = sum(correlation[i, j] ** 2 for i in range(dim) for j in range(dim) if i != j)
+    loss, terms = barlow_twins_loss(z_VND, 0.03, 0.5)
+    torch.testing.assert_close(loss, 0.5 * (invariance + 0.03 * redundancy), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms["invariance"], invariance, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms["redundancy"], redundancy, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_sum_is_that_of_each_view_against_the_others_up_to_a_factor():
+    torch.manual_seed(0)
+    views, images = 4, 9
+    z_VND = torch.randn(views, images, 3, dtype=torch.float64) * 100  # eps of the variance does not show
+    x = (z_VND - z_VND.mean(1, keepdim=True)) / z_VND.std(1, correction=0, keepdim=True)
+    others = (x.sum(0) - x) / (views - 1)
+    against_others = ((x * others).sum(1) / images - 1).square().sum(-1).mean()
+    _, terms = barlow_twins_loss(z_VND, 0.0)
+    expected = ((views - 1) / views) ** 2 * against_others
+    torch.testing.assert_close(terms["invariance"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_the_order_of_views_and_of_images_does_not_matter(views):
+    torch.manual_seed(0)
+    z_VND = torch.randn(views, 8, 5, dtype=torch.float64)
+    loss, _ = barlow_twins_loss(z_VND, 0.02)
+    torch.testing.assert_close(barlow_twins_loss(z_VND.flip(0), 0.02)[0], loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(barlow_twins_loss(z_VND.flip(1), 0.02)[0], loss, rtol=1e-12, atol=0)
+
+
+def test_beta_follows_the_dimension(tiny_encoder):
+    assert auto_beta(256) == pytest.approx(0.0195, rel=0.01)
+    assert auto_beta(512) == pytest.approx(5 / 512)
+    assert auto_beta(1024) == pytest.approx(2 / 1024)
+    sizes = {"num_views": 2, "batch_size": 4}
+    assert Method(tiny_encoder(), Config(projector_dim=128), **sizes).beta == 5 / 128
+    assert Method(tiny_encoder(), Config(beta=0.0051), **sizes).beta == 0.0051
+
+
+@pytest.mark.parametrize("settings", [{"beta": -1}, {"beta": "automatic"}, {"projector_dim": 0}, {"scale": 0}])
+def test_a_wrong_setting_is_refused_by_name(settings):
+    with pytest.raises(StrictDataclassError, match=next(iter(settings))):
+        Config(**settings)

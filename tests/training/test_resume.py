@@ -1,0 +1,128 @@
+"""A run that is killed or asked to stop at any instant, and resumed, ends bitwise as the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RECIPE = {
+    "data": {"dataset": "shapes", "image_size": 32, "shapes_train": 80, "shapes_test": 20},
+    "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16]},
+    "method": {"name": "byol"},  # a teacher, a predictor and their statistics are part of the state
+    "views": {"count": 2},
+    "orthogonality": {"penalty": "srip", "weight": 1e-3},  # its vectors too
+    "training": {
+        "batch_size": 16,
+        "epochs": 6,  # of 5 steps each
+        "log_every": 1,
+        "monitor_every": 3,
+        "monitor_images": 64,
+        "save_steps": 3,
+        "device": "cpu",
+        "optimizer": {"name": "adamw", "lr": 0.003, "warmup_epochs": 1},
+    },
+    "evaluation": {"protocols": ["knn"]},
+}
+STEPS = 30
+
+
+def command(recipe: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "hf_ssl_or", "train", str(recipe), "--output", str(output), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def interrupt(arguments: list[str], folder: Path, step: int, number: signal.Signals) -> subprocess.CompletedProcess:
+    """Sends a signal once the metrics show that `step` is done."""
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        metrics = folder / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_text().count('"kind": "train"') > step:
+                process.send_signal(number)
+                break
+            time.sleep(0.002)
+        output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.environ["HF_SSL_OR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finished = run(command(recipe, folder))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    for name in ("encoder/model.safetensors", *(f"checkpoints/step-{STEPS}/{g}.safetensors" for g in GROUPS)):
+        want, got = load_file(whole / name), load_file(folder / name)
+        assert want.keys() == got.keys()
+        for key in want:
+            assert want[key].equal(got[key]), f"{name}: {key} differs"
+
+
+GROUPS = ("method", "optimizer", "orthogonality")
+
+
+def test_killed_at_a_random_step_and_resumed(recipe: Path, whole_run: Path, tmp_path: Path):
+    step = random.SystemRandom().randrange(1, STEPS - 2)
+    folder = tmp_path / "run"
+    killed = interrupt(command(recipe, folder), folder, step, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, f"was to be killed after step {step}:\n{killed.stderr[-2000:]}"
+    resumed = run([sys.executable, "-m", "hf_ssl_or", "train", str(folder), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_end(folder, whole_run)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(STEPS))
+
+
+def test_sigterm_saves_and_exits_with_its_own_status(recipe: Path, whole_run: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    stopped = interrupt(command(recipe, folder), folder, 4, signal.SIGTERM)
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
+    assert "SIGTERM" in stopped.stderr and "--resume" in stopped.stderr
+    done = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert done == max(line["step"] for line in logged) + 1, "the step was finished and saved"
+    assert run(command(recipe, folder, "--resume")).returncode == 0
+    assert_same_end(folder, whole_run)
+
+
+def test_a_finished_run_resumes_to_itself_and_refuses_another_recipe(recipe: Path, whole_run: Path):
+    before = (whole_run / "encoder" / "model.safetensors").read_bytes()
+    assert run(command(recipe, whole_run, "--resume")).returncode == 0
+    assert (whole_run / "encoder" / "model.safetensors").read_bytes() == before
+    other = run(command(recipe, whole_run, "training.seed=7", "--resume"))
+    assert other.returncode == 2
+    assert "training.seed was 0, is 7" in other.stderr and other.stderr.count("\n") == 1
+    again = run(command(recipe, whole_run))
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr and again.stderr.count("\n") == 1

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.errors import InputError, NonFiniteLossError
+from hf_ssl_or.recipe import recipe_from_dict
+from hf_ssl_or.run import build_trainer
+from hf_ssl_or.training.checkpoint import CheckpointStore
+from hf_ssl_or.training.log import read_metrics
+from hf_ssl_or.training.trainer import Trainer, first_difference, flatten
+
+
+def tree(**training: object) -> dict:
+    return {
+        "data": {"dataset": "shapes", "shapes_train": 48, "shapes_test": 16},
+        "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 8, 8]},
+        "method": {"name": "barlow_twins", "projector_dim": 32, "projector_hidden": 32},
+        "orthogonality": {"penalty": "so", "weight": 1e-4},
+        "training": {
+            **{"batch_size": 16, "epochs": 2, "log_every": 1, "monitor_every": 1, "monitor_images": 32, "device": "cpu"},
+            **{"optimizer": {"name": "sgd", "lr": 0.05}},
+            **training,
+        },
+    }
+
+
+def make(folder: Path, recipe: dict | None = None, *, labelled: bool = True) -> Trainer:
+    resolved = recipe_from_dict(recipe or tree())
+    images = load_images(resolved.data, "train")
+    test = load_images(resolved.data, "test", statistics=(images.mean, images.std)) if labelled else None
+    return build_trainer(resolved, folder, images, bank=images if labelled else None, test=test)
+
+
+def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
+    trainer = make(tmp_path)
+    before = {name: value.clone() for name, value in trainer.encoder.named_parameters()}
+    trainer.train()
+    assert any(not before[name].equal(value) for name, value in trainer.encoder.named_parameters())
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(6))
+    for name in ("loss", "invariance", "redundancy", "penalty", "lr", "images_per_second", "data_wait_percent"):
+        assert np.isfinite(steps[0][name]), name
+    looks = [line for line in lines if line["kind"] == "monitor"]
+    assert [line["step"] for line in looks] == [2, 5]
+    assert {"rankme", "effective_rank", "orthogonality_error", "knn"} <= looks[0].keys()
+    with np.load(tmp_path / "spectra" / "step-6.npz") as spectra:
+        assert "representation" in spectra and len(spectra) >= 5, "the representation and the last conv of four stages"
+    assert CheckpointStore(tmp_path).steps()[-1] == 6
+
+
+def test_label_free_runs_need_no_labels(tmp_path: Path):
+    make(tmp_path, labelled=False).train()
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    assert "rankme" in looks[0] and "knn" not in looks[0]
+    with pytest.raises(InputError, match="keep_best: knn needs labelled"):
+        make(tmp_path / "other", tree(keep_best="knn"), labelled=False)
+
+
+def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
+    make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labelled=False).train()
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    best = max(looks, key=lambda line: line["rankme"])
+    store = CheckpointStore(tmp_path)
+    assert store.best()["step"] == best["step"] + 1
+    assert set(store.steps()) == {best["step"] + 1, 12}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path):
+    make(tmp_path, tree(epochs=1, save_steps=1)).train()
+    trainer = make(tmp_path, tree(epochs=1, save_steps=1))
+    with torch.no_grad():
+        next(trainer.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="step 1; .*last good checkpoint: .*step-3"):
+        trainer.train()
+    assert CheckpointStore(tmp_path).steps() == [2, 3], "nothing was overwritten"
+
+
+def test_the_penalty_acts_on_the_encoder_alone_and_its_share_does_not_depend_on_accumulation(tmp_path: Path):
+    strong = tree(max_steps=2)
+    strong["orthogonality"] = {"penalty": "so", "weight": 0.1}
+    plain = tree(max_steps=2)
+    plain["orthogonality"] = {"penalty": "none"}
+    errors = {}
+    for name, recipe in (("strong", strong), ("none", plain)):
+        trainer = make(tmp_path / name, recipe)
+        trainer.train()
+        from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+        from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
+
+        reg = OrthogonalityRegularizer(trainer.encoder, OrthogonalityConfig(penalty="so", weight=1))
+        errors[name] = sum(reg.errors().values())
+    assert errors["strong"] < 0.95 * errors["none"]
+
+
+def test_trackers_get_the_numbers(tmp_path: Path):
+    make(tmp_path, tree(max_steps=1, trackers=["tensorboard"])).train()
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path):
+    from hf_ssl_or.training.checkpoint import RunLock
+
+    with RunLock(tmp_path), pytest.raises(InputError, match="in use"):
+        make(tmp_path).train()
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path):
+    make(tmp_path, tree(save_steps=3)).train()
+    newest = tmp_path / "checkpoints" / "step-6" / "method.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    trainer = make(tmp_path, tree(save_steps=3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert trainer._resume() == 3
+    assert any("method.safetensors" in str(warning.message) for warning in caught)
+
+
+def test_first_difference_names_the_key():
+    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c was 2, is 3"
+    assert first_difference({"a": 1}, json.loads('{"a": 1}')) is None
+    assert flatten({"a": {"b": 1, "c": [1]}}) == {"a.b": 1, "a.c": "[1]"}
