@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_ssl_or.data.arguments import DataArguments
@@ -24,12 +24,12 @@ from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import EvaluationArguments
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.arguments import TrainingArguments
 
 
-@strict
-@dataclass(kw_only=True)
+@settings
 class EncoderArguments:
     """Which encoder is trained, see `hf_ssl_or.create_encoder`.
 
@@ -189,6 +189,8 @@ def _build(cls: type, tree: Any, path: str, source: str) -> Any:
             raise _in(source, unknown(f"key in {path}", str(key), names))
     values = {key: _convert(hints[key], value, f"{path}.{key}", source) for key, value in tree.items()}
     try:
+        for key, value in values.items():  # before the class's own checks, which compare numbers
+            type_validator(f"{path}.{key}", value, hints[key])
         return cls(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())

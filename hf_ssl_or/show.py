@@ -49,6 +49,8 @@ def _accuracies(evaluations: list[dict[str, Any]], baselines: dict[str, Any]) ->
         table.add_column({"untrained": "untrained encoder", "pixels": "raw pixels"}.get(name, name), justify="right")
     for entry in evaluations:
         for measure, value in entry["metrics"].items():
+            if measure.startswith("train_"):
+                continue
             spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
             others = [_baseline(baselines[name], entry["protocol"], measure) for name in baselines]
             table.add_row(entry["protocol"], measure, f"{value['mean']:.2f}{spread}", *others)
@@ -67,5 +69,5 @@ def _collapse(measures: dict[str, float]) -> Table:
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, meaning in COLLAPSE_MEANINGS.items():
-        table.add_row(meaning, f"{measures[name]:.3f}")
+        table.add_row(meaning, f"{measures[name]:.3f}" if name in measures else "undefined")
     return table

@@ -34,19 +34,19 @@ class ViewSpec:
     """
 
     size: int | None = None
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale: float = 0.2
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = 0.0
-    solarize_threshold: float = 0.5
+    crop_scale: tuple[float | int, float | int] = (0.2, 1.0)
+    crop_ratio: tuple[float | int, float | int] = (3 / 4, 4 / 3)
+    flip: float | int = 0.5
+    jitter: float | int = 0.8
+    brightness: float | int = 0.4
+    contrast: float | int = 0.4
+    saturation: float | int = 0.2
+    hue: float | int = 0.1
+    grayscale: float | int = 0.2
+    blur: float | int = 0.0
+    blur_sigma: tuple[float | int, float | int] = (0.1, 2.0)
+    solarize: float | int = 0.0
+    solarize_threshold: float | int = 0.5
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is computed, by any number of processes. Each gives (own result, name -> tensor that all processes must agree on)
+# What is computed, by any number of processes: every process gives the same named tensors, of the global batch
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -81,9 +81,7 @@ class DataArguments:
         if self.std is not None and min(self.std) <= 0:
             raise InputError(f"data.std: more than 0 in each channel, not {min(self.std)}")
         if not self.dataset:
-            raise InputError(
-                "data.dataset: a Hub id, a folder, a pattern of .tar files or 'shapes', not an empty name"
-            )
+            raise InputError("data.dataset: name a Hub id, a folder, a pattern of .tar files, or 'shapes'")
 
     def workers(self) -> int:
         """Number of threads or processes that decode."""

@@ -11,7 +11,6 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from hf_ssl_or.data.labels import encode_labels
@@ -22,8 +21,10 @@ _SPLITS = ("train", "test", "val", "valid", "validation", "unlabeled", "unlabell
 
 
 def folder_splits(folder: Path) -> list[str]:
-    """Names the subfolders that are splits rather than classes."""
-    return [name for name in _SPLITS if (folder / name).is_dir()]
+    """Names the subfolders that are splits; a class may be called "test" among classes of other names."""
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    splits = [name for name in _SPLITS if name in folders]
+    return splits if len(splits) == len(folders) or len(splits) > 1 else []
 
 
 class FolderSource:

@@ -1,4 +1,4 @@
-"""A set of square uint8 images with labels, and the same set decoded step by step."""
+"""A set of square uint8 images with labels, and the same decoded step by step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hf_ssl_or.data.pixels import to_square
-from hf_ssl_or.data.sources import ImageSource
+from hf_ssl_or.data.decode import DecodeJob, decode, unreadable_message
 from hf_ssl_or.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ class ImageSet:
     """Images of a run, decoded.
 
     Attributes:
-        images: uint8, (n, 3, S, S): in memory, on a device, or a read-only file mapped into memory.
+        images: uint8, (n, 3, S, S): in memory, on a device, or a file mapped into memory.
         labels: int64, (n,), or None for unlabelled images.
         class_names: Names of the labels, or None.
         mean: Mean per channel of images in [0, 1] that views are normalised with.
@@ -53,13 +52,13 @@ class ImageSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pixels."""
-        return self.images.numel()
+        """Bytes of all decoded images."""
+        return len(self) * 3 * self.source_size**2
 
     def batch(self, index_B: Tensor | np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """Gives images by index on a device: uint8, (B, 3, S, S)."""
         index, device = torch.as_tensor(index_B), torch.device(device)
-        if self.images.device.type == "cpu" and device.type == "cuda":  # pinned, for the host not to wait
+        if self.images.device.type == "cpu" and device.type == "cuda":  # through pinned memory: the host need not wait
             out = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
             return torch.index_select(self.images, 0, index.cpu(), out=out).to(device, non_blocking=True)
         if self.images.device.type == "cuda" and index.device.type == "cpu":
@@ -73,124 +72,86 @@ class ImageSet:
 
     def subset(self, indices: Tensor | np.ndarray) -> ImageSet:
         """Gives a set of some of the images, a copy in memory, with the same statistics."""
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices).cpu()
         labels = None if self.labels is None else self.labels[index]
         return dataclasses.replace(self, images=self.batch(index, self.images.device), labels=labels)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """Gives the set with its pixels on a device; on the CPU it is the set itself."""
-        device = torch.device(device)
-        return (
-            self
-            if self.images.device.type == device.type
-            else dataclasses.replace(self, images=self.images.to(device))
-        )
+        """Gives the set with its pixels on a device."""
+        return dataclasses.replace(self, images=self.images.to(device))
 
 
 @dataclass(kw_only=True)
 class StreamedImageSet(ImageSet):
-    """A set that is decoded again in each step, by worker processes that run ahead; `images` is empty.
+    """A set that is decoded again in each step, by worker processes that run ahead; `images` is empty, (0, 3, S, S).
 
     An image that cannot be read is replaced by the next one of the set.
 
     Attributes:
-        source: Where the images are.
-        rows: Which of them the set has.
-        workers: Processes.
-        max_corrupt: Share of the images that may be unreadable.
+        job: What is decoded.
     """
 
-    source: ImageSource
-    rows: np.ndarray
-    workers: int
-    max_corrupt: float
-    _unreadable: dict[int, str] = field(default_factory=dict, repr=False)
+    job: DecodeJob
+    _failures: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all pixels would take."""
-        return (
-            len(self.rows) * self.images[:0].numel()
-            if not len(self.rows)
-            else len(self.rows) * 3 * self.source_size**2
-        )
+        return len(self.job.rows)
 
     def batch(self, index_B: Tensor | np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """Decodes images in this process."""
-        decoder = _Decoder(self.source, self.rows, self.source_size)
-        images_B, failed = _collate([decoder[int(i)] for i in torch.as_tensor(index_B).cpu()])
-        self._count(failed)
-        return images_B.to(device)
+        decoder = _Decoder(self.job)
+        return self._count(*_collate([decoder[int(i)] for i in torch.as_tensor(index_B).cpu()])).to(device)
 
     def stream(self, indices: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """Decodes one batch after the other, ahead of time."""
         loader = DataLoader(
-            _Decoder(self.source, self.rows, self.source_size),
+            _Decoder(self.job),
             batch_sampler=(index_B.tolist() for index_B in indices),
-            num_workers=self.workers,
+            num_workers=self.job.workers,
             collate_fn=_collate,
             pin_memory=torch.device(device).type == "cuda",
         )
-        for images_BCHW, failed in loader:
-            self._count(failed)
-            yield images_BCHW.to(device, non_blocking=True)
+        for images_BCHW, failures in loader:
+            yield self._count(images_BCHW, failures).to(device, non_blocking=True)
 
     def subset(self, indices: Tensor | np.ndarray) -> ImageSet:
         """Gives a set of some of the images."""
         index = torch.as_tensor(indices).cpu()
         labels = None if self.labels is None else self.labels[index]
-        return dataclasses.replace(self, rows=self.rows[index.numpy()], labels=labels)
+        job = dataclasses.replace(self.job, rows=self.job.rows[index.numpy()])
+        return dataclasses.replace(self, job=job, labels=labels)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Gives the set itself: it has no pixels to move."""
         return self
 
-    def _count(self, failed: dict[int, str]) -> None:
-        for row, reason in failed.items():
-            if row not in self._unreadable:
-                self._unreadable[row] = reason
-                _logger.warning("left out, the next image takes its place: %s", reason)
-        if len(self._unreadable) > self.max_corrupt * len(self):
-            raise InputError(unreadable_message(self.name, self._unreadable, len(self), self.max_corrupt))
+    def _count(self, images_BCHW: Tensor, failures: dict[int, str]) -> Tensor:
+        for row in failures.keys() - self._failures.keys():
+            self._failures[row] = failures[row]
+            _logger.warning("the next image takes the place of %s", failures[row])
+        if len(self._failures) > self.job.max_corrupt * len(self):
+            raise InputError(unreadable_message(self.job, list(self._failures.values())))
+        return images_BCHW
 
 
 class _Decoder(Dataset):
-    """Decodes the i-th image of the set, or the next one that can be read."""
+    """Decodes the i-th image of a job, or the next one that can be read; says which could not."""
 
-    def __init__(self, source: ImageSource, rows: np.ndarray, side: int) -> None:
-        self.source, self.rows, self.side = source, rows, side
+    def __init__(self, job: DecodeJob) -> None:
+        self.job = job
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[int, str]]:
-        failed: dict[int, str] = {}
-        for step in range(len(self.rows)):
-            row = int(self.rows[(i + step) % len(self.rows)])
-            image = decode(self.source, row, self.side)
-            if not isinstance(image, str):
-                return image, failed
-            failed[row] = image
-        raise InputError(f"{self.source.name}: no image can be read")
-
-
-def decode(source: ImageSource, row: int, side: int) -> np.ndarray | str:
-    """Reads an image as a uint8 square, (3, side, side), or says which one cannot be read and why."""
-    try:
-        return to_square(source.read(row), side)
-    except Exception as error:  # a decoder fails on foreign bytes in more ways than can be listed
-        return f"{source.describe(row)} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-
-
-def unreadable_message(name: str, unreadable: dict[int, str], n: int, max_corrupt: float) -> str:
-    """Says how many images cannot be read, and names the first."""
-    first = next(iter(unreadable.values()))
-    return (
-        f"{name}: {len(unreadable)} of {n} images cannot be read, more than data.max_corrupt={max_corrupt:g} allows; "
-        f"the first is {first}"
-    )
+        failures: dict[int, str] = {}
+        rows = self.job.rows
+        for place in range(i, i + len(rows)):
+            row = int(rows[place % len(rows)])
+            image = decode(self.job.source, row, self.job.side)
+            if isinstance(image, np.ndarray):
+                return image, failures
+            failures[row] = image
+        raise InputError(unreadable_message(self.job, list(failures.values())))
 
 
 def _collate(items: list[tuple[np.ndarray, dict[int, str]]]) -> tuple[Tensor, dict[int, str]]:
-    failed = {row: reason for _, more in items for row, reason in more.items()}
-    return torch.from_numpy(np.stack([image for image, _ in items])), failed
+    failures = {row: reason for _, found in items for row, reason in found.items()}
+    return torch.from_numpy(np.stack([image for image, _ in items])), failures

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl_or.data.cache import ImageSet
+from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.views import draw_parameters, render_views
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.randomness import keyed_permutation
@@ -22,7 +22,7 @@ _DEVICE_BYTES = 4 * 2**30  # sets up to this size move to the GPU's memory
 class ViewLoader:
     """Gives each step's views to one process of a run.
 
-    An epoch is a permutation of the images keyed by (seed, epoch), cut into global batches; the last, incomplete one is
+    An epoch is a permutation of the images keyed by (seed, epoch), cut into global batches; an incomplete last one is
     dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches together are the
     single process's batch, whatever their number, and any step can be the first after a restart.
 

@@ -16,7 +16,7 @@ from hf_ssl_or.randomness import hashed_seed
 
 # Strength of the nuisances; lengths are shares of the image's side.
 RADIUS = (0.22, 0.38)
-SHIFT = 0.18  # largest distance of the centre from the image's, along each axis
+SHIFT = 0.19  # largest distance of the centre from the image's, along each axis
 CONTRAST = (0.35, 0.75)  # difference of grey between shape and background
 TINT = 0.16  # spread of colours around grey
 GRADIENT = 0.12  # change of the background's light across the image
@@ -90,7 +90,7 @@ def _draw_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) ->
 
 
 def _draw_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a background and a shape colour that differ in grey by a wanted contrast, either way round: (N, 3) each."""
+    """Draws background and shape colours that differ in grey by a wanted contrast, either way: (N, 3) each."""
     contrast = rng.uniform(*CONTRAST, (_BLOCK, 1))
     dark = rng.uniform(0.1, 0.9 - contrast)
     swap = rng.random((_BLOCK, 1)) < 0.5

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.data import color
+from hf_ssl_or.data.draws import SLOTS, draw_view
 from hf_ssl_or.data.resample import apply_lines, blur_matrix, crop_matrix
 from hf_ssl_or.randomness import keyed_uniform
 from hf_ssl_or.structures import ViewSpec
 
-_TRIES = 10  # crops that torchvision tries before it takes the largest one
-_SLOTS = 2 * _TRIES + 16
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _CHUNK_PIXELS = {"cpu": 2**17}  # what a core's cache holds
 _CHUNK_PIXELS_DEVICE = 2**25  # about 2 GB of intermediate results
@@ -92,8 +91,8 @@ def draw_parameters(
     size = sizes.pop()
     views = []
     for view, spec in enumerate(specs, start=first_view):
-        uniform_BS = keyed_uniform(np.asarray(index_B), _SLOTS, seed, "view", epoch, view)
-        views.append(_draw_view(spec, uniform_BS, source_size))
+        uniform_BS = keyed_uniform(np.asarray(index_B), SLOTS, seed, "view", epoch, view)
+        views.append(draw_view(spec, uniform_BS, source_size))
     blurred = [spec.blur_sigma[1] for spec in specs if spec.blur > 0]
     return ViewParameters(
         size=size,
@@ -101,43 +100,6 @@ def draw_parameters(
         blur_radius=min(math.ceil(4 * max(blurred, default=0)), size - 1),
         **{name: np.stack([view[name] for view in views]) for name in views[0]},
     )
-
-
-def _draw_view(spec: ViewSpec, uniform_BS: np.ndarray, source_size: int) -> dict[str, np.ndarray]:
-    rest = uniform_BS[:, 2 * _TRIES :]
-    spread = (spec.brightness, spec.contrast, spec.saturation)
-    factors = [1 + (2 * rest[:, 2 + k] - 1) * spread[k] for k in range(3)]
-    low, high = spec.blur_sigma
-    blurred = rest[:, 12] < spec.blur
-    return {
-        "box_VB4": _draw_boxes(spec, uniform_BS, source_size),
-        "flip_VB": rest[:, 10] < spec.flip,
-        "jitter_VB": rest[:, 11] < spec.jitter,
-        "factor_VB4": np.stack([*factors, (2 * rest[:, 5] - 1) * spec.hue], axis=-1),
-        "order_VB4": np.argsort(rest[:, 6:10], axis=-1),
-        "grayscale_VB": rest[:, 13] < spec.grayscale,
-        "sigma_VB": np.where(blurred, low + rest[:, 14] * (high - low), 0.0),
-        "threshold_VB": np.where(rest[:, 15] < spec.solarize, spec.solarize_threshold, np.inf),
-    }
-
-
-def _draw_boxes(spec: ViewSpec, uniform_BS: np.ndarray, side: int) -> np.ndarray:
-    """Draws crops as torchvision does: the first of ten tries that fits, else the largest central one."""
-    area, log_ratio = uniform_BS[:, :_TRIES], uniform_BS[:, _TRIES : 2 * _TRIES]
-    low, high = np.log(spec.crop_ratio)
-    area = side * side * (spec.crop_scale[0] + area * (spec.crop_scale[1] - spec.crop_scale[0]))
-    ratio = np.exp(low + log_ratio * (high - low))
-    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (width > 0) & (width <= side) & (height > 0) & (height <= side)
-    first = fits.argmax(axis=1)[:, None]
-    width, height = np.take_along_axis(width, first, 1)[:, 0], np.take_along_axis(height, first, 1)[:, 0]
-    u_top, u_left = uniform_BS[:, 2 * _TRIES], uniform_BS[:, 2 * _TRIES + 1]
-    top, left = np.floor(u_top * (side - height + 1)), np.floor(u_left * (side - width + 1))
-    whole_height = round(side * min(1.0, 1 / spec.crop_ratio[0]))
-    whole_width = round(side * min(1.0, spec.crop_ratio[1]))
-    whole = ((side - whole_height) // 2, (side - whole_width) // 2, whole_height, whole_width)
-    box_B4 = np.stack([top, left, height, width], axis=-1)
-    return np.where(fits.any(axis=1)[:, None], box_B4, np.array(whole, dtype=np.float64)).astype(np.int64)
 
 
 @torch.no_grad()

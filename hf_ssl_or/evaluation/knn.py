@@ -29,10 +29,14 @@ class KnnProtocol(Protocol):
     """
 
     seeded: ClassVar[bool] = False
-    headline: ClassVar[str] = "top1_k20"
 
     k: tuple[int, ...] = (20, 200)
     temperature: float = 0.07
+
+    @property
+    def headline(self) -> str:
+        """Top-1 accuracy with the first k."""
+        return f"top1_k{self.k[0]}"
 
     def run(
         self,
@@ -44,9 +48,10 @@ class KnnProtocol(Protocol):
         seed: int,
         device: torch.device | str,
     ) -> dict[str, float]:
-        """Judges features on `device`; the seed changes nothing."""
+        """Judges features on `device`, with each k that the bank can give; the seed changes nothing."""
         train_NF, test_MF = train_NF.to(device), test_MF.to(device)
-        return knn_accuracy(train_NF, train_labels_N, test_MF, test_labels_M, k=self.k, temperature=self.temperature)
+        k = [k for k in self.k if k <= len(train_NF)] or self.k
+        return knn_accuracy(train_NF, train_labels_N, test_MF, test_labels_M, k=k, temperature=self.temperature)
 
 
 KNN_PROTOCOLS = (

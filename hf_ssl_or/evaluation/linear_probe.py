@@ -26,7 +26,6 @@ class LinearProtocol(Protocol):
     """A linear classifier of features; subclasses say how it is fitted."""
 
     seeded: ClassVar[bool] = True
-    headline: ClassVar[str] = "top1"
 
     def fit(self, features_NF: Tensor, labels_N: Tensor, num_classes: int, seed: int) -> nn.Linear:
         """Fits the classifier on the features' device."""
@@ -118,7 +117,7 @@ class LogisticProtocol(LinearProtocol):
         iterations: At most so many L-BFGS iterations for each fit.
     """
 
-    penalties: tuple[float, ...] = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+    penalties: tuple[float, ...] = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
     held_out: float = 0.1
     iterations: int = 200
 

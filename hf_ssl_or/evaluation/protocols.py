@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from hf_ssl_or.data.images import ImageSet
@@ -21,6 +20,7 @@ from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.evaluation.knn import KNN_PROTOCOLS
 from hf_ssl_or.evaluation.linear_probe import LINEAR_PROTOCOLS
 from hf_ssl_or.randomness import keyed_permutation
+from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
 
 _PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (*KNN_PROTOCOLS, *LINEAR_PROTOCOLS)}
@@ -42,8 +42,7 @@ def get_protocol(name: str) -> Protocol:
     return _PROTOCOLS[name]
 
 
-@strict
-@dataclass(kw_only=True)
+@settings
 class EvaluationArguments:
     """How the finished encoder is judged.
 

@@ -34,7 +34,7 @@ from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
-FAMILIES: tuple[type[SSLModel], ...] = (SSLResNetModel, SSLViTModel)
+FAMILIES: tuple[type[SSLResNetModel] | type[SSLViTModel], ...] = (SSLResNetModel, SSLViTModel)
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
@@ -107,7 +107,7 @@ def create_encoder(
     return model
 
 
-def _family(name: str) -> type[SSLModel]:
+def _family(name: str) -> type[SSLResNetModel] | type[SSLViTModel]:
     if name in OWN_RESNETS:
         return SSLResNetModel
     if name not in SHORT_VITS and (not timm.is_model(name) or "." in name):

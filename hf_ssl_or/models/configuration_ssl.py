@@ -15,7 +15,6 @@ from huggingface_hub.errors import StrictDataclassError
 from timm.models.resnet import ResNet
 from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -110,7 +109,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _outline(architecture: str, arguments: str) -> nn.Module:
+def _outline(architecture: str, arguments: str) -> Any:
     """Builds timm's net on the meta device: its shapes without its memory."""
     with torch.device("meta"):
         return timm.create_model(architecture, **json.loads(arguments))
@@ -175,7 +174,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Gives plain values for JSON."""
         output = super().to_dict()
-        if self.orthogonality is not None:
+        if isinstance(self.orthogonality, OrthogonalityConfig):
             output["orthogonality"] = self.orthogonality.to_dict()
         return output
 
@@ -183,7 +182,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         """Gives the name and the keyword arguments with which `timm.create_model` builds this net."""
         return self.architecture, {"num_classes": 0, "in_chans": self.num_channels, **self.model_args}
 
-    def outline(self) -> nn.Module:
+    def outline(self) -> Any:
         """Gives timm's net on the meta device (shared: not to be changed), which knows every shape."""
         name, arguments = self.timm_arguments()
         if not timm.is_model(name) or "." in name:
@@ -214,10 +213,10 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             if name in self.model_args:
                 raise ValueError(f"model_args: {name!r} is set by the configuration itself")
 
-    def _complete(self, net: nn.Module) -> None:
+    def _complete(self, net: Any) -> None:
         raise NotImplementedError
 
-    def _num_stages(self, net: nn.Module) -> int:
+    def _num_stages(self, net: Any) -> int:
         raise NotImplementedError
 
 
@@ -260,13 +259,13 @@ class SSLResNetConfig(SSLConfig):
         elif self.stem == "standard" and self.architecture in OWN_RESNETS:
             raise ValueError(f"stem: {self.architecture} has the small stem only")
 
-    def _complete(self, net: nn.Module) -> None:
+    def _complete(self, net: Any) -> None:
         if (type(net) is ResNetV2) != (self.architecture in OWN_RESNETS):
             raise ValueError(f"architecture: {self.architecture} is a ResNetV2, not of the family {self.model_type}")
         if self.image_size is None:
             self.image_size = 32 if self.stem == "small" else net.default_cfg["input_size"][-1]
 
-    def _num_stages(self, net: nn.Module) -> int:
+    def _num_stages(self, net: Any) -> int:
         return len(net.feature_info) - 1
 
 
@@ -306,7 +305,7 @@ class SSLViTConfig(SSLConfig):
         if self.patch_size is not None and self.patch_size < 1:
             raise ValueError(f"patch_size: at least 1 pixel, not {self.patch_size}")
 
-    def _complete(self, net: nn.Module) -> None:
+    def _complete(self, net: Any) -> None:
         self.image_size, self.patch_size = net.patch_embed.img_size[0], net.patch_embed.patch_size[0]
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: {self.image_size} is not a multiple of patch_size {self.patch_size}")
@@ -314,7 +313,7 @@ class SSLViTConfig(SSLConfig):
             raise ValueError(f"pooling: {self.architecture} pools by {net.global_pool!r}, set 'token' or 'avg'")
         self.pooling = net.global_pool
 
-    def _num_stages(self, net: nn.Module) -> int:
+    def _num_stages(self, net: Any) -> int:
         return len(net.blocks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +30,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     config: SSLConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
 
@@ -42,6 +43,8 @@ class SSLModel(SSLPreTrainedModel):
     """
 
     gradient_checkpointing = False
+    config_class: type[SSLConfig]
+    timm_model: Any
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -51,7 +54,7 @@ class SSLModel(SSLPreTrainedModel):
         self.post_init()
 
     @staticmethod
-    def build_timm_model(config: SSLConfig) -> nn.Module:
+    def build_timm_model(config: Any) -> nn.Module:
         """Builds the net with timm's own initialisation."""
         name, arguments = config.timm_arguments()
         return timm.create_model(name, pretrained=False, **arguments)
@@ -83,7 +86,7 @@ class SSLModel(SSLPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embed(pixel_values.to(self.dtype), interpolate_pos_encoding)
-        hidden_states = [x]
+        hidden_states = [x] if output_hidden_states else []
         for stage in self.stages():
             for block in stage:
                 x = self._run(block, x)
@@ -100,7 +103,7 @@ class SSLModel(SSLPreTrainedModel):
         """Runs what comes before the first block."""
         raise NotImplementedError
 
-    def stages(self) -> Iterable[Iterable[nn.Module]]:
+    def stages(self) -> Iterable[Iterable[Any]]:
         """Gives the blocks of each stage."""
         raise NotImplementedError
 
@@ -137,7 +140,7 @@ class SSLModel(SSLPreTrainedModel):
     def _mark_initialized(self) -> None:
         """Tells transformers to leave the weights as they are."""
         for module in self.modules():
-            module._is_hf_initialized = True
+            setattr(module, "_is_hf_initialized", True)  # noqa: B010  (a plain attribute, as transformers sets it)
 
 
 class _Recomputed:
@@ -178,7 +181,8 @@ class SSLForImageClassification(SSLPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.encoder = self.encoder_class(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        width = self.encoder.timm_model.head_hidden_size
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -262,7 +266,8 @@ class SSLBackbone(BackboneMixin, SSLPreTrainedModel):
         )
         wanted = [self.stage_names.index(name) for name in self.out_features]
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps: Any = tuple(self.encoder.feature_map(output, i, pixel_values.shape[-2:]) for i in wanted)
         return BackboneOutput(
-            feature_maps=tuple(self.encoder.feature_map(output, i, pixel_values.shape[-2:]) for i in wanted),
+            feature_maps=maps,
             hidden_states=output.hidden_states if keep else None,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -31,7 +31,7 @@ def _plain_norm(channels: int, **kwargs: Any) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, **kwargs)
 
 
-def _make_stem_small(net: nn.Module, channels: int) -> None:
+def _make_stem_small(net: Any, channels: int) -> None:
     conv = nn.Conv2d(channels, net.feature_info[0]["num_chs"], 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if isinstance(net, ResNetV2):
@@ -47,7 +47,7 @@ class SSLResNetModel(SSLModel):
     _no_split_modules = ["BasicBlock", "Bottleneck", "PreActBlock"]
 
     @staticmethod
-    def build_timm_model(config: SSLResNetConfig) -> nn.Module:
+    def build_timm_model(config: Any) -> nn.Module:
         """Builds the net with timm's own initialisation, and with the stem of `config.stem`."""
         name, arguments = config.timm_arguments()
         if config.architecture in OWN_RESNETS:
@@ -67,11 +67,11 @@ class SSLResNetModel(SSLModel):
             return net.stem(pixel_values)
         return net.maxpool(net.act1(net.bn1(net.conv1(pixel_values))))
 
-    def stages(self) -> Iterable[Iterable[nn.Module]]:
+    def stages(self) -> Iterable[Iterable[Any]]:
         """Gives the residual blocks of each stage."""
         net = self.timm_model
         if isinstance(net, ResNetV2):
-            return [stage.blocks for stage in net.stages]
+            return [cast(nn.Sequential, stage.blocks) for stage in net.stages]
         return [getattr(net, info["module"]) for info in net.feature_info[1:]]
 
     def finish(self, x: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ class SSLResNetModel(SSLModel):
 
     def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
         """Gives hidden state `index` (B, channels, H', W'), the last one after the last norm."""
-        states = output.hidden_states
-        return output.last_hidden_state if index == len(states) - 1 else states[index]
+        states: Any = output.hidden_states
+        return (*states[:-1], output.last_hidden_state)[index]
 
 
 class SSLResNetForImageClassification(SSLForImageClassification):

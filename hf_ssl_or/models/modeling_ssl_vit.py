@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_ssl import SSLViTConfig
@@ -31,7 +32,7 @@ class SSLViTModel(SSLModel):
         tokens = net._pos_embed(net.patch_embed(pixel_values))
         return net.norm_pre(net.patch_drop(tokens))
 
-    def stages(self) -> Iterable[Iterable[nn.Module]]:
+    def stages(self) -> Iterable[Iterable[Any]]:
         """Gives the transformer blocks, each as a stage of its own."""
         return [[block] for block in self.timm_model.blocks]
 
@@ -46,7 +47,8 @@ class SSLViTModel(SSLModel):
     def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
         """Gives the patches' hidden state `index`, after the last norm, as a map (B, hidden_size, H', W')."""
         net, patch = self.timm_model, self.config.patch_size
-        patches = net.norm(output.hidden_states[index])[:, net.num_prefix_tokens :]
+        states: Any = output.hidden_states
+        patches = net.norm(states[index])[:, net.num_prefix_tokens :]
         return patches.transpose(1, 2).unflatten(2, (size[0] // patch, size[1] // patch)).contiguous()
 
 

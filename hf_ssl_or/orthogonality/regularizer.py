@@ -39,9 +39,9 @@ class OrthogonalityRegularizer:
     depend on the weights alone, so they are the same on every process, and they are added once, to gradients that have
     been averaged and accumulated. Weights that are frozen when a method is called are left out.
 
-    SRIP keeps a unit vector per matrix from step to step, and is read off along the best vector of the plane that this
-    one and its next power iterate span (`penalties.ritz_vectors`), a constant for the gradient. `add_gradients` ends
-    with `power_iterations` iterations for the next step; a loop that uses `penalty` and autograd alone calls `advance`
+    SRIP keeps a unit vector v per matrix from step to step, and is read off along the best vector of the plane of v and
+    M v (`penalties.ritz_vectors`), a constant for the gradient. `add_gradients` ends with `power_iterations` iterations
+    of v for the next step (`penalties.power_iterate`); a loop that uses `penalty` and autograd alone calls `advance`
     once a step. With `fresh_start` nothing is kept: each step draws vectors from (seed, step) for the estimate
     `penalties.srip_power`, with two power iterations that of the paper.
 
@@ -132,7 +132,8 @@ class OrthogonalityRegularizer:
         """Sets SRIP's vectors to the exact eigenvectors by full decomposition: slow, for measuring and testing."""
         with self._full_precision():
             for sites, w_LOI in self._groups() if self._vectors else ():
-                self._keep(sites, penalties.dominant_vectors(w_LOI))
+                v_LR = penalties.dominant_vectors(w_LOI)
+                self._keep(sites, torch.stack([v_LR, torch.zeros_like(v_LR)]))
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
@@ -149,8 +150,11 @@ class OrthogonalityRegularizer:
         return dict(zip(self.names, values, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gives a copy of SRIP's vectors by parameter name, each (parts, R); empty where no vector is kept."""
-        return {name: v_PR.clone() for name, v_PR in self._vectors.items()}
+        """Gives a copy of SRIP's vectors by parameter name; empty where none is kept.
+
+        Each is (2, parts, R): the vectors of the weight's matrices, and the ones before.
+        """
+        return {name: v_2PR.clone() for name, v_2PR in self._vectors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state_dict` gave.
@@ -165,7 +169,7 @@ class OrthogonalityRegularizer:
             found, wanted = tuple(state[name].shape), tuple(self._vectors[name].shape)
             if found != wanted:
                 raise InputError(f"orthogonality state: the vector of {name!r} has shape {found}, wanted {wanted}")
-        self._vectors = {name: state[name].to(v_PR, copy=True) for name, v_PR in self._vectors.items()}
+        self._vectors = {name: state[name].to(v_2PR, copy=True) for name, v_2PR in self._vectors.items()}
 
     # Groups ----------------------------------------------------------------------------------------------------------
 
@@ -210,26 +214,27 @@ class OrthogonalityRegularizer:
             shape = len(w_LOI), min(w_LOI.shape[1:])
             v_LR = torch.randn(shape, generator=generator, device=w_LOI.device, dtype=w_LOI.dtype)
             return v_LR, self.config.power_iterations
-        return (penalties.ritz_vectors(w_LOI, self._stacked(sites, w_LOI)),) if self._vectors else ()
+        return (penalties.ritz_vectors(w_LOI, self._stacked(sites, w_LOI)[0]),) if self._vectors else ()
 
     def _draw_vectors(self) -> None:
         for site in self._sites:
             generator = keyed_generator("srip", self.config.seed, site.name)
             v_PR = torch.randn(site.parts, min(site.matrix_shape), generator=generator, dtype=torch.float64)
             dtype = torch.promote_types(site.weight.dtype, torch.float32)
-            self._vectors[site.name] = nn.functional.normalize(v_PR, dim=1).to(site.weight.device, dtype)
+            v_2PR = torch.stack([nn.functional.normalize(v_PR, dim=1), torch.zeros_like(v_PR)])
+            self._vectors[site.name] = v_2PR.to(site.weight.device, dtype)
 
     def _stacked(self, sites: list[Site], w_LOI: Tensor) -> Tensor:
-        return torch.cat([self._vectors[site.name].to(w_LOI) for site in sites])
+        return torch.cat([self._vectors[site.name].to(w_LOI) for site in sites], dim=1)
 
     def _iterate(self, sites: list[Site], w_LOI: Tensor) -> None:
         if self._vectors:
-            v_LR = penalties.power_vectors(w_LOI, self._stacked(sites, w_LOI), self.config.power_iterations)
-            self._keep(sites, v_LR)
+            stacked_2LR = self._stacked(sites, w_LOI)
+            self._keep(sites, penalties.power_iterate(w_LOI, stacked_2LR, self.config.power_iterations))
 
-    def _keep(self, sites: list[Site], v_LR: Tensor) -> None:
-        parts = v_LR.split([site.parts for site in sites])
-        self._vectors |= {site.name: v_PR for site, v_PR in zip(sites, parts, strict=True)}
+    def _keep(self, sites: list[Site], v_2LR: Tensor) -> None:
+        parts = v_2LR.split([site.parts for site in sites], dim=1)
+        self._vectors |= {site.name: v_2PR for site, v_2PR in zip(sites, parts, strict=True)}
 
 
 def _accumulate(sites: list[Site], grad_LOI: Tensor, scale: float) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.settings import settings
 from hf_ssl_or.training.optim import OptimizerArguments
 
 
-@strict
-@dataclass(kw_only=True)
+@settings
 class TrainingArguments:
     """Settings of the training loop. Sizes and counts are those of the whole run, never of one process.
 

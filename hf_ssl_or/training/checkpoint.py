@@ -35,12 +35,11 @@ class DamagedCheckpointError(InputError):
     """A checkpoint is incomplete, or its bytes are not those that were written; the message names the file."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Takes an optimizer's state apart into tensors and JSON.
 
     Args:
-        optimizer: Any torch optimizer whose state entries are tensors or plain numbers.
-        names: Name of each parameter, in the order of the optimizer's groups.
+        optimizer: Any torch optimizer built with named parameters, whose state entries are tensors or plain numbers.
 
     Returns:
         The live tensors by `<parameter>/<entry>`, and what else `load_optimizer` needs. Learning rates and other
@@ -48,8 +47,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> tup
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in _named_parameters(optimizer).items():
         state = optimizer.state.get(parameter, {})
         held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         tensors |= {f"{name}/{key}": value for key, value in held.items()}
@@ -71,7 +69,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     if state["optimizer"] != type(optimizer).__name__:
         raise InputError(f"optimizer: the state is of {state['optimizer']}, this run has {type(optimizer).__name__}")
     entries = state["parameters"]
-    parameters = {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    parameters = _named_parameters(optimizer)
     _same_names("parameter", parameters, entries)
     _same_names("tensor", [f"{name}/{key}" for name in entries for key in entries[name]["tensors"]], tensors)
     loaded = {}
@@ -80,6 +78,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
         if values := held | entries[name]["values"]:
             loaded[index] = values
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
 
 
 def _same_names(kind: str, wanted: Iterable[str], found: Iterable[str]) -> None:

@@ -1,23 +1,22 @@
-# ruff: noqa: I002 (a strict dataclass checks types only where annotations are not strings)
 """Optimizers: parameter groups, a batched LARS, and a learning rate that is a function of the step."""
+
+from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.settings import settings
 
 _TOKEN_OR_POSITION = re.compile(r"_tokens?$|pos_embed|position")
 
 
-@strict
-@dataclass(kw_only=True)
+@settings
 class OptimizerArguments:
     """Which optimizer, and its learning rate over the run.
 

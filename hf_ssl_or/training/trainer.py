@@ -213,7 +213,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        tensors, settings = optimizer_tensors(self.optimizer, self._parameter_names())
+        tensors, entries = optimizer_tensors(self.optimizer)
         groups = {
             "method": self.method.state_dict(),
             "optimizer": tensors,
@@ -221,7 +221,7 @@ class Trainer:
         }
         scaler = self.accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else {}
-        return groups, {"optimizer": settings, "scaler": scaler_state, "recipe": self.recipe}
+        return groups, {"optimizer": entries, "scaler": scaler_state, "recipe": self.recipe}
 
     def _resume(self) -> int:
         path = self.store.latest()
@@ -236,10 +236,6 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
-
-    def _parameter_names(self) -> list[str]:
-        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

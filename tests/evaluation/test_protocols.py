@@ -30,7 +30,7 @@ HASHES = {
     "knn": "53a583e01993",
     "knn-t0.1": "f5e0fa92457b",
     "linear-averaged-views": "b5b52dbe1743",
-    "linear-lbfgs": "6be2612d3ef6",
+    "linear-lbfgs": "c2db4019b4fd",
     "linear-sgd": "e8ba6cb5e662",
 }
 
@@ -84,6 +84,7 @@ def test_results_say_how_they_came_about(quick) -> None:
     knn, linear = results["evaluations"]
     assert list(knn) == ["protocol", "protocol_hash", "settings", "seeds", "headline", "metrics", "data"]
     assert knn["protocol_hash"] == get_protocol("knn").hash and knn["settings"]["k"] == [3, 5]
+    assert knn["headline"] == "top1_k3"
     assert knn["seeds"] == [] and linear["seeds"] == [0, 1, 2]
     assert knn["data"]["train"] == {"name": "noise", "fingerprint": "0" * 24, "size": 30}
     assert knn["data"]["test"]["size"] == 15

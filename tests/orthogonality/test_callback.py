@@ -60,7 +60,7 @@ def train(model, folder, *callbacks, **arguments):
 
 @pytest.mark.parametrize(("build", "penalty"), [(vit, "so"), (resnet, "so"), (vit, "srip"), (resnet, "srip")])
 def test_errors_shrink_against_a_run_without(build, penalty, tmp_path):
-    config = OrthogonalityConfig(penalty=penalty, weight=1.0)
+    config = OrthogonalityConfig(penalty=penalty, weight=1.0 if penalty == "so" else 5.0)
     with_penalty, without = OrthogonalityCallback(config), OrthogonalityCallback(OrthogonalityConfig(penalty="none"))
     errors = {}
     for name, one in (("with", with_penalty), ("without", without)):

@@ -156,7 +156,7 @@ def test_normalised_penalties_do_not_grow_with_the_encoder():
                 value = regularize(encoder, normalize=normalize).penalty().item()
                 values.setdefault(normalize, []).append(value)
     assert max(values[False]) / min(values[False]) > 12
-    assert max(values[True]) / min(values[True]) < 1.1
+    assert max(values[True]) / min(values[True]) < 1.5
 
 
 def test_split_qkv_takes_three_matrices():
@@ -191,7 +191,7 @@ def test_errors_are_the_distance_from_orthonormal():
 
 
 def train(encoder, reg, steps, seed=0):
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         images = torch.randn(8, 3, 8, 8, generator=generator, dtype=encoder[0].weight.dtype)
@@ -206,16 +206,16 @@ def train(encoder, reg, steps, seed=0):
 def test_warm_started_srip_follows_the_spectral_norm_while_weights_move():
     encoder = small_encoder(torch.float32)
     reg = regularize(encoder, penalty="srip", weight=1e-2)
-    start = encoder[8].weight.detach().clone()
+    before = encoder[8].weight.detach().clone()
     errors = []
     names = reg.names
     for value in train(encoder, reg, 50):
         exact = 1e-2 * sum(torch.linalg.matrix_norm(deviation(w.detach()), 2) for w in matrices_of(encoder, names))
         errors.append(abs(value.item() - exact.item()) / exact.item())
-    assert (encoder[8].weight - start).norm() > 0.1 * start.norm()
+    assert (encoder[8].weight - before).norm() > 0.1 * before.norm()
     print(f"relative error of SRIP at steps 0, 10, 20, 50: {[f'{errors[i]:.1e}' for i in (0, 10, 20, 49)]}")
-    assert errors[0] > 0.02
-    assert max(errors[-10:]) < 1e-3
+    assert errors[0] > 0.05
+    assert max(errors[30:]) < 1e-3
 
 
 def test_penalty_does_not_advance_and_advance_does():
@@ -264,7 +264,7 @@ def test_state_survives_a_round_trip():
     other.load_state_dict(state)
     for name, value in state.items():
         value.zero_()  # neither side holds on to the saved tensors
-        assert other.state_dict()[name].norm(dim=1).sub(1).abs().max() < 1e-12
+        assert other.state_dict()[name][0].norm(dim=1).sub(1).abs().max() < 1e-12
     assert torch.equal(other.penalty(), reg.penalty())
     assert torch.equal(other.add_gradients(), reg.add_gradients())
 
@@ -277,7 +277,7 @@ def test_a_wrong_state_is_refused():
         reg.load_state_dict({name: v for name, v in state.items() if name != "8.weight"})
     with pytest.raises(InputError, match="vector of 'more' is not expected"):
         reg.load_state_dict({**state, "more": torch.zeros(1)})
-    with pytest.raises(InputError, match=r"vector of '2.weight' has shape \(4, 5\), wanted \(4, 4\)"):
+    with pytest.raises(InputError, match=r"vector of '2.weight' has shape \(4, 5\), wanted \(2, 4, 4\)"):
         reg.load_state_dict({**state, "2.weight": torch.zeros(4, 5)})
     with pytest.raises(InputError, match="not expected"):
         regularize(encoder, penalty="so").load_state_dict(state)

@@ -97,7 +97,7 @@ def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer)
 @pytest.mark.parametrize("arguments", OPTIMIZERS, ids=str)
 def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, arguments: dict, dtype: torch.dtype) -> None:
     net, optimizer = trained(arguments, 0, 3, dtype)
-    tensors, state = optimizer_tensors(optimizer, names_in_order(net, optimizer))
+    tensors, state = optimizer_tensors(optimizer)
     store = CheckpointStore(tmp_path)
     path = store.save(3, {"method": net.state_dict(), "optimizer": tensors}, {"optimizer": state})
     groups, loaded = store.load(path)
@@ -115,7 +115,7 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, arguments: dict, d
 
 def test_state_is_found_by_name_whatever_the_groups() -> None:
     net, optimizer = trained({"name": "adamw"}, 0, 3)
-    tensors, state = optimizer_tensors(optimizer, names_in_order(net, optimizer))
+    tensors, state = optimizer_tensors(optimizer)
     backwards = [(name, p) for name, p in reversed(list(net.named_parameters())) if p.requires_grad]
     other = torch.optim.AdamW([{"params": backwards[:2]}, {"params": backwards[2:]}], fused=True)
     load_optimizer(other, tensors, state)
@@ -125,7 +125,7 @@ def test_state_is_found_by_name_whatever_the_groups() -> None:
 
 def test_loaded_state_is_a_copy_and_settings_stay() -> None:
     net, optimizer = trained({"name": "lars"}, 0, 2)
-    tensors, state = optimizer_tensors(optimizer, names_in_order(net, optimizer))
+    tensors, state = optimizer_tensors(optimizer)
     before = {key: tensor.clone() for key, tensor in tensors.items()}
     other, fresh = trained({"name": "lars", "momentum": 0.5}, 0, 0)
     load_optimizer(fresh, tensors, state)
@@ -147,7 +147,7 @@ def test_loaded_state_is_a_copy_and_settings_stay() -> None:
 )
 def test_state_that_does_not_fit_is_refused(damage, message: str) -> None:
     net, optimizer = trained({"name": "adamw"}, 0, 2)
-    tensors, state = optimizer_tensors(optimizer, names_in_order(net, optimizer))
+    tensors, state = optimizer_tensors(optimizer)
     damage(tensors, state)
     with pytest.raises(InputError, match=message):
         load_optimizer(trained({"name": "adamw"}, 0, 0)[1], tensors, state)
@@ -156,7 +156,7 @@ def test_state_that_does_not_fit_is_refused(damage, message: str) -> None:
 def test_loaded_state_has_the_layout_of_its_parameter() -> None:
     net, optimizer = trained({"name": "adamw"}, 0, 2)
     other, fresh = trained({"name": "adamw"}, 1, 0)
-    load_optimizer(fresh, *optimizer_tensors(optimizer, names_in_order(net, optimizer)))
+    load_optimizer(fresh, *optimizer_tensors(optimizer))
     assert fresh.state[other[0].weight]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
 
 

@@ -48,7 +48,7 @@ def train(method: str, accumulation: int, batch_norm: str, folder: Path, dtype: 
     for batch in trainer.loader.batches(0, STEPS):
         batch.views_VBCHW = batch.views_VBCHW.to(dtype)
         losses.append(trainer.training_step(batch).loss.detach())
-    state = {name: value.clone() for name, value in trainer.method.state_dict().items()}
+    state = {name: value.contiguous().clone() for name, value in trainer.method.state_dict().items()}
     return {"losses": torch.stack(losses), **state}, trainer.accelerator.is_main_process
 
 
