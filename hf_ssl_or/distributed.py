@@ -9,15 +9,11 @@ on every process, which the average keeps. With one process both are the identit
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def world_size() -> int:
@@ -81,23 +77,6 @@ class _Sum(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # Batch normalisation over the global batch
 
-_recomputing = False
-
-
-def recompute_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` for `torch.utils.checkpoint`: running statistics are not updated again while recomputing."""
-    return contextlib.nullcontext(), _mark_recomputing()
-
-
-@contextlib.contextmanager
-def _mark_recomputing() -> Iterator[None]:
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
-
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation whose statistics are those of all processes' images, on any device.
@@ -118,26 +97,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises (V*B, C, ...)."""
-        if not self.training:
+        if not self.training or (world_size() == 1 and self.views == 1):
             return super().forward(input)
         self._check_input_dim(input)
-        if world_size() == 1 and self.views == 1:
-            return self._forward_alone(input)
         if input.shape[0] % self.views:
             raise ValueError(f"a batch of {input.shape[0]} images does not divide into {self.views} views")
-        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, self.views)
-        if self.track_running_stats and not _recomputing:
+        x_VBCS = input.reshape(self.views, -1, input.shape[1], input[0, 0].numel())
+        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(x_VBCS, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
             self._update_running(mean_VC, var_VC * (count / max(count - 1, 1)))
-        return out
-
-    def _forward_alone(self, input: Tensor) -> Tensor:
-        """Torch's own kernel: one process, one set of statistics."""
-        if _recomputing or not self.track_running_stats:
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, True, self._momentum(), self.eps
-        )
+        return out.reshape(input.shape)
 
     @torch.no_grad()
     def _update_running(self, mean_VC: Tensor, var_VC: Tensor) -> None:
@@ -153,7 +122,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalises (V*B, C, ...) by the mean and variance of each (view, channel) over all processes.
+    """Normalises (V, B, C, S) by the mean and variance of each (view, channel) over all processes.
 
     Every process holds as many images, so the global mean is the mean of the processes' means, and the global variance
     the mean of their variances plus the variance of their means: one collective in each direction, no cancellation.
@@ -161,9 +130,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        x_VBCS = _split(x, views)
+        x_VBCS = _at_least_float32(x)
         var_VC, mean_VC = torch.var_mean(x_VBCS, dim=(1, 3), correction=0)
         count = x_VBCS.shape[1] * x_VBCS.shape[3] * world_size()
         if world_size() > 1:
@@ -176,16 +145,16 @@ class _GlobalBatchNorm(torch.autograd.Function):
         inverse_std_VC = (var_VC + eps).rsqrt()
         normal = (x_VBCS - mean_VC[:, None, :, None]) * inverse_std_VC[:, None, :, None]
         ctx.save_for_backward(normal, inverse_std_VC, weight)
-        ctx.views, ctx.count, ctx.has_bias, ctx.dtype = views, count, bias is not None, x.dtype
+        ctx.count, ctx.has_bias, ctx.dtype = count, bias is not None, x.dtype
         out = normal if weight is None else normal * weight[:, None]
         out = out if bias is None else out + bias[:, None]
         ctx.mark_non_differentiable(mean_VC, var_VC)
-        return out.reshape(x.shape).to(x.dtype), mean_VC, var_VC, count
+        return out.to(x.dtype), mean_VC, var_VC, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         normal, inverse_std_VC, weight = ctx.saved_tensors
-        grad_VBCS = _split(grad, ctx.views)
+        grad_VBCS = _at_least_float32(grad)
         sums_2VC = torch.stack([grad_VBCS.sum((1, 3)), (grad_VBCS * normal).sum((1, 3))])
         grad_bias, grad_weight = sums_2VC.sum(1)  # of this process; DDP averages them
         if world_size() > 1:
@@ -193,14 +162,12 @@ class _GlobalBatchNorm(torch.autograd.Function):
         mean_2VC = sums_2VC / ctx.count
         dx = grad_VBCS - mean_2VC[0][:, None, :, None] - normal * mean_2VC[1][:, None, :, None]
         scale_VC = inverse_std_VC if weight is None else inverse_std_VC * weight
-        dx = (dx * scale_VC[:, None, :, None]).reshape(grad.shape).to(ctx.dtype)
-        return dx, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None, None
+        dx = (dx * scale_VC[:, None, :, None]).to(ctx.dtype)
+        return dx, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
 
 
-def _split(x: Tensor, views: int) -> Tensor:
-    """Reshapes (V*B, C, ...) to (V, B, C, S), in at least float32."""
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return x.reshape(views, x.shape[0] // views, x.shape[1], -1)
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def use_global_batch_norm(module: nn.Module, views: int = 1) -> nn.Module:

@@ -117,7 +117,7 @@ def _read_tally(data: Path, job: DecodeJob) -> Tally | None:
     try:
         tally = Tally(**json.loads(data.with_suffix(".json").read_text()))
         sound = data.stat().st_size == tally.count * 3 * job.side**2
-    except FileNotFoundError:
+    except OSError:
         return None
     except (ValueError, TypeError):
         sound = False

@@ -68,9 +68,24 @@ def _mirrored_shifts(radius: int, size: int, device: str) -> Tensor:
 
 
 def apply_lines(x_NCHW: Tensor, rows_NhH: Tensor, columns_NwW: Tensor) -> Tensor:
-    """Applies a matrix to the columns and one to the rows of each image: (N, C, h, w)."""
-    n, channels, height, width = x_NCHW.shape
-    x = torch.empty(n, height, channels, width, dtype=rows_NhH.dtype, device=x_NCHW.device)
-    x = torch.bmm(rows_NhH, x.copy_(x_NCHW.transpose(1, 2)).view(n, height, channels * width))
-    x = x.view(n, -1, channels, width).transpose(1, 2).reshape(n, -1, width)
-    return torch.bmm(x, columns_NwW.transpose(1, 2)).view(n, channels, rows_NhH.shape[1], columns_NwW.shape[1])
+    """Applies a matrix to the columns and one to the rows of each image: (N, C, h, w).
+
+    The result for one image is the same, bit by bit, in whatever batch it comes.
+    """
+    n, channels = x_NCHW.shape[:2]
+    rows, columns = _padded(rows_NhH), _padded(columns_NwW)
+    height, width = rows.shape[2], columns.shape[2]
+    x = _padded(x_NCHW).transpose(1, 2).to(rows.dtype).reshape(n, height, channels * width)
+    x = torch.bmm(rows, x).view(n, -1, channels, width).transpose(1, 2).reshape(n, -1, width)
+    x = torch.bmm(x, columns.transpose(1, 2)).view(n, channels, rows.shape[1], columns.shape[1])
+    return x[..., : rows_NhH.shape[1], : columns_NwW.shape[1]].contiguous()
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Fills the last two axes with zeros to multiples of 4.
+
+    Then every matrix of a batch begins at a multiple of 64 bytes. Where one does not, MKL takes another kernel, whose
+    sums differ in the last bit, and an image's view would depend on its place in the batch.
+    """
+    below, right = -x.shape[-2] % 4, -x.shape[-1] % 4
+    return F.pad(x, (0, right, 0, below)) if below or right else x

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_ssl_or.distributed import has_batch_statistics, recompute_context
+from hf_ssl_or.distributed import has_batch_statistics
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.teacher import MomentumTeacher
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -115,8 +115,7 @@ class SSLMethod(nn.Module):
         output for an image depends on the other images (batch normalisation), of one block at a time.
         """
         if chunks > 1 and has_batch_statistics(self.encoder):
-            settings = {"use_reentrant": False, "context_fn": recompute_context}
-            self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
+            self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         else:
             self.chunks = chunks
 
@@ -159,4 +158,4 @@ def _features(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def _recomputed_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    return checkpoint(_features, encoder, images, use_reentrant=False, context_fn=recompute_context)
+    return checkpoint(_features, encoder, images, use_reentrant=False)

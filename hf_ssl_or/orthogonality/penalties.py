@@ -158,8 +158,8 @@ def dominant_vectors(w_OI: Tensor) -> Tensor:
 def power_iterate(w_LOI: Tensor, v_2LR: Tensor, iterations: int = 1) -> Tensor:
     """Takes power iterations with momentum (Xu et al., "Accelerated stochastic power iteration", AISTATS 2018).
 
-    v' = M v - b u with u the vector before v, both then scaled to |v'| = 1. The best b is a quarter of the square of
-    M's second eigenvalue; here it is 0.9 / 4 ||M v||^2, which stays below, because ||M v|| is at most the first.
+    v' = M v - b u with u the vector before v, both then scaled so that |v'| = 1. The first eigenvector wins as long as
+    b is less than a quarter of its eigenvalue squared: b = 0.9 / 4 ||M v||^2 always is, and nears the bound with v.
 
     Args:
         w_LOI: Matrices.
@@ -184,8 +184,8 @@ def power_iterate(w_LOI: Tensor, v_2LR: Tensor, iterations: int = 1) -> Tensor:
 def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
     """Gives the unit vectors x in span(v, M v) with the largest |x^T M x|: two Lanczos steps, solved in closed form.
 
-    Where M has eigenvalues near +s and -s, which a penalty on the larger of them brings about, a power iterate is a mix
-    of both eigenvectors and v^T M v is near 0. Their plane holds each of them, so x is one of them.
+    Where M has eigenvalues near +s and -s, which a penalty on the larger of them brings about, a power iterate is a
+    mix of both eigenvectors and v^T M v is near 0. Their plane holds each of them, so x is one of them.
 
     Args:
         w_LOI: Matrices.

@@ -39,11 +39,11 @@ class OrthogonalityRegularizer:
     depend on the weights alone, so they are the same on every process, and they are added once, to gradients that have
     been averaged and accumulated. Weights that are frozen when a method is called are left out.
 
-    SRIP keeps a unit vector v per matrix from step to step, and is read off along the best vector of the plane of v and
-    M v (`penalties.ritz_vectors`), a constant for the gradient. `add_gradients` ends with `power_iterations` iterations
-    of v for the next step (`penalties.power_iterate`); a loop that uses `penalty` and autograd alone calls `advance`
-    once a step. With `fresh_start` nothing is kept: each step draws vectors from (seed, step) for the estimate
-    `penalties.srip_power`, with two power iterations that of the paper.
+    SRIP keeps a unit vector v per matrix from step to step, and is read off along the best vector of the plane of v
+    and M v (`penalties.ritz_vectors`), a constant for the gradient. `add_gradients` ends with `power_iterations` more
+    iterations of v, for the next step (`penalties.power_iterate`); a loop that uses `penalty` and autograd alone calls
+    `advance` once a step. With `fresh_start` nothing is kept: each step draws vectors from (seed, step) for the
+    estimate `penalties.srip_power`, with two power iterations that of the paper.
 
     Example:
         ```python
@@ -238,12 +238,11 @@ class OrthogonalityRegularizer:
 
 
 def _accumulate(sites: list[Site], grad_LOI: Tensor, scale: float) -> None:
-    updates = grad_LOI.split([site.parts for site in sites])
-    for site in sites:
-        if site.weight.grad is None:
-            site.weight.grad = torch.zeros_like(site.weight)
-    torch._foreach_add_(
-        [site.weight.grad for site in sites],
-        [site.like_weight(update_POI) for site, update_POI in zip(sites, updates, strict=True)],
-        alpha=scale,
-    )
+    grads, updates = [], []
+    for site, update_POI in zip(sites, grad_LOI.split([site.parts for site in sites]), strict=True):
+        weight = site.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        grads.append(weight.grad)
+        updates.append(site.like_weight(update_POI))
+    torch._foreach_add_(grads, updates, alpha=scale)

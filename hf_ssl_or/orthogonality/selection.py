@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Site:
     """
 
     name: str
-    layer: nn.Module
+    layer: Layer
     parts: int
 
     @property
@@ -68,7 +68,7 @@ def select_sites(encoder: nn.Module, config: OrthogonalityConfig) -> list[Site]:
     layers = {}
     for path, layer in encoder.named_modules():
         name = f"{path}.weight" if path else "weight"
-        if isinstance(layer, _LAYERS) and (name in names or not isinstance(layer.weight, nn.Parameter)):
+        if isinstance(layer, Layer) and (name in names or not isinstance(layer.weight, nn.Parameter)):
             layers[name] = layer
     included = _matches("include", config.include, layers) if config.include else layers.keys()
     excluded = _matches("exclude", config.exclude, layers)
@@ -97,13 +97,13 @@ def _matches(field: str, patterns: Iterable[str], names: Iterable[str]) -> set[s
     return found
 
 
-def _parts(name: str, layer: nn.Module, split_qkv: bool) -> int:
+def _parts(name: str, layer: Layer, split_qkv: bool) -> int:
     if isinstance(layer, nn.Linear):
         return 3 if split_qkv and _is_fused(name, layer) else 1
     return layer.groups
 
 
-def _is_fused(name: str, layer: nn.Module) -> bool:
+def _is_fused(name: str, layer: Layer) -> bool:
     if not isinstance(layer, nn.Linear) or "." not in name:
         return False
     return "qkv" in name.split(".")[-2] and layer.out_features == 3 * layer.in_features

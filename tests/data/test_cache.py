@@ -160,7 +160,7 @@ def test_large_originals_are_stored_with_a_margin(pictures):
     assert load_images(arguments(pictures, image_size=64), "train").source_size == 64
     for path in pictures.rglob("*.png"):
         Image.new("RGB", (130, 100)).save(path)
-    assert load_images(arguments(pictures, image_size=64), "train").source_size == 74
+    assert load_images(arguments(pictures, image_size=64), "train").source_size == 72
     assert load_images(arguments(pictures, image_size=64, cache_size=90), "train").source_size == 90
 
 

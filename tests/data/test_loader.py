@@ -66,7 +66,7 @@ def test_an_incomplete_batch_is_dropped():
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("side", [12, 17])
+@pytest.mark.parametrize("side", [12, 17, 26])
 def test_the_processes_batches_together_are_the_single_process_batch(world_size, side):
     """Bit by bit, across the border of an epoch."""
     images = image_set(side=side)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ssl_or.distributed import recompute_context, use_global_batch_norm
+from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.structures import ViewSpec
@@ -122,7 +122,7 @@ def test_an_encoder_with_batch_norm_recomputes_its_blocks_instead(tiny_encoder):
     encoder.gradient_checkpointing_enable = lambda **kwargs: asked.update(kwargs)
     method = Plain(encoder, Config(), **SIZES)
     method.prepare_accumulation(4)
-    assert asked == {"gradient_checkpointing_kwargs": {"use_reentrant": False, "context_fn": recompute_context}}
+    assert asked == {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     method.encode(torch.randn(2, 4, 3, 8, 8))
     assert encoder.seen == [8]  # whole: the statistics are those of the whole batch
 

@@ -78,11 +78,6 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
         optimizer.step()
 
 
-def names_in_order(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    names = {parameter: name for name, parameter in net.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
     a, b = left.state_dict()["state"], right.state_dict()["state"]
     assert a.keys() == b.keys()
