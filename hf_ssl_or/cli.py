@@ -108,7 +108,14 @@ def _dispatch(argv: list[str]) -> int:
     verbs = ("train", "evaluate", "preview", "list")
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise unknown("verb", argv[0], verbs)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]  # overrides that come after an option
+    if len(late) < len(rest) or (late and "overrides" not in arguments):
+        parser.error(
+            f"unrecognized arguments: {' '.join(text for text in rest if text not in late) or ' '.join(late)}"
+        )
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
     if arguments.verb is None:
         parser.print_help()
         return 0

@@ -97,16 +97,20 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises (V*B, C, ...)."""
-        if not self.training or (world_size() == 1 and self.views == 1):
+        if not self.training or self._torch_will_do(input):
             return super().forward(input)
         self._check_input_dim(input)
         if input.shape[0] % self.views:
             raise ValueError(f"a batch of {input.shape[0]} images does not divide into {self.views} views")
-        x_VBCS = input.reshape(self.views, -1, input.shape[1], input[0, 0].numel())
-        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(x_VBCS, self.weight, self.bias, self.eps)
+        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, self.views)
         if self.track_running_stats:
             self._update_running(mean_VC, var_VC * (count / max(count - 1, 1)))
-        return out.reshape(input.shape)
+        return out
+
+    def _torch_will_do(self, input: Tensor) -> bool:
+        """One process and one set of statistics; but torch's CPU kernel sums channels-last images in float32."""
+        inexact = input.device.type == "cpu" and input.dtype == torch.float32 and not input.is_contiguous()
+        return world_size() == 1 and self.views == 1 and not inexact
 
     @torch.no_grad()
     def _update_running(self, mean_VC: Tensor, var_VC: Tensor) -> None:
@@ -122,52 +126,70 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalises (V, B, C, S) by the mean and variance of each (view, channel) over all processes.
+    """Normalises (V*B, C, ...) by the mean and variance of each (view, channel) over all processes.
 
-    Every process holds as many images, so the global mean is the mean of the processes' means, and the global variance
-    the mean of their variances plus the variance of their means: one collective in each direction, no cancellation.
+    Sums run over each image first, and over images and processes in float64. So the statistics do not depend on how
+    images are spread over processes, not even in the last bit (but for rare ties): a ReLU behind them switches alike.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        x_VBCS = _at_least_float32(x)
-        var_VC, mean_VC = torch.var_mean(x_VBCS, dim=(1, 3), correction=0)
+        x_VBCS = _split(x, views)
         count = x_VBCS.shape[1] * x_VBCS.shape[3] * world_size()
-        if world_size() > 1:
-            local = torch.stack([mean_VC, var_VC])
-            parts = [torch.empty_like(local) for _ in range(world_size())]
-            dist.all_gather(parts, local)
-            mean_RVC, var_RVC = torch.stack(parts).unbind(1)
-            mean_VC = mean_RVC.mean(0)
-            var_VC = var_RVC.mean(0) + (mean_RVC - mean_VC).square().mean(0)
-        inverse_std_VC = (var_VC + eps).rsqrt()
-        normal = (x_VBCS - mean_VC[:, None, :, None]) * inverse_std_VC[:, None, :, None]
-        ctx.save_for_backward(normal, inverse_std_VC, weight)
-        ctx.count, ctx.has_bias, ctx.dtype = count, bias is not None, x.dtype
-        out = normal if weight is None else normal * weight[:, None]
-        out = out if bias is None else out + bias[:, None]
+        mean_VC = (_sum_images(x_VBCS.sum(3)) / count).to(x_VBCS.dtype)
+        centred = x_VBCS - mean_VC[:, None, :, None]
+        var_VC = _sum_images(torch.linalg.vector_norm(centred, dim=3), squared=True) / count
+        inverse_std_VC = (var_VC + eps).rsqrt().to(x_VBCS.dtype)
+        ctx.save_for_backward(centred, inverse_std_VC, weight)
+        ctx.views, ctx.count, ctx.has_bias, ctx.dtype = views, count, bias is not None, x.dtype
+        scale_VC = inverse_std_VC if weight is None else inverse_std_VC * weight
+        out = torch.empty_like(x, dtype=centred.dtype)  # no view of another tensor: a ReLU may work on it in place
+        if bias is None:
+            torch.mul(centred, scale_VC[:, None, :, None], out=_split(out, views))
+        else:
+            torch.addcmul(bias[:, None], centred, scale_VC[:, None, :, None], out=_split(out, views))
         ctx.mark_non_differentiable(mean_VC, var_VC)
         return out.to(x.dtype), mean_VC, var_VC, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        normal, inverse_std_VC, weight = ctx.saved_tensors
-        grad_VBCS = _at_least_float32(grad)
-        sums_2VC = torch.stack([grad_VBCS.sum((1, 3)), (grad_VBCS * normal).sum((1, 3))])
-        grad_bias, grad_weight = sums_2VC.sum(1)  # of this process; DDP averages them
+        centred, inverse_std_VC, weight = ctx.saved_tensors
+        grad_VBCS = _split(grad, ctx.views)
+        product = grad_VBCS * centred
+        own_2VC = torch.stack([grad_VBCS.sum(3), product.sum(3)]).double().sum(2)
+        total_2VC = own_2VC if world_size() == 1 else own_2VC.clone()
         if world_size() > 1:
-            dist.all_reduce(sums_2VC)
-        mean_2VC = sums_2VC / ctx.count
-        dx = grad_VBCS - mean_2VC[0][:, None, :, None] - normal * mean_2VC[1][:, None, :, None]
+            dist.all_reduce(total_2VC)
         scale_VC = inverse_std_VC if weight is None else inverse_std_VC * weight
-        dx = (dx * scale_VC[:, None, :, None]).to(ctx.dtype)
-        return dx, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
+        shift_VC, slope_VC = (-scale_VC * total_2VC / ctx.count).to(centred.dtype)
+        slope_VC = slope_VC * inverse_std_VC.square()
+        dx = torch.addcmul(shift_VC[:, None, :, None], centred, slope_VC[:, None, :, None], out=product)
+        dx = dx.addcmul_(grad_VBCS, scale_VC[:, None, :, None]).reshape(grad.shape).to(ctx.dtype)
+        grad_bias, grad_weight = own_2VC[0].sum(0), (own_2VC[1] * inverse_std_VC).sum(0)  # DDP averages them
+        return (
+            dx,
+            None if weight is None else grad_weight.to(weight.dtype),
+            grad_bias.to(centred.dtype) if ctx.has_bias else None,
+            None,
+            None,
+        )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _sum_images(x_VBC: Tensor, squared: bool = False) -> Tensor:
+    """Sums values of images, or their squares, over the images of all processes, in float64: (V, C)."""
+    x_VBC = x_VBC.double()
+    total = (x_VBC.square() if squared else x_VBC).sum(1)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def _split(x: Tensor, views: int) -> Tensor:
+    """Views (V*B, C, ...) as (V, B, C, S), in at least float32."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.reshape(views, x.shape[0] // views, x.shape[1], -1)
 
 
 def use_global_batch_norm(module: nn.Module, views: int = 1) -> nn.Module:

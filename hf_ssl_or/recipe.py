@@ -207,7 +207,8 @@ def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
         if typing.get_origin(option) is list and dataclasses.is_dataclass(arguments[0]) and value is not None:
             if not isinstance(value, list):
                 raise InputError(f"{source}: {path}: a list is wanted, not {value!r}")
-            return [_build(arguments[0], item, f"{path}[{i}]", source) for i, item in enumerate(value)]
+            item_class = typing.cast(type, arguments[0])
+            return [_build(item_class, item, f"{path}[{i}]", source) for i, item in enumerate(value)]
         if typing.get_origin(option) is tuple and isinstance(value, list):
             return tuple(value)
     return value

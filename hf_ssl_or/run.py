@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from hf_ssl_or.data.cache import load_images
@@ -154,7 +155,7 @@ def view_specs(recipe: Recipe) -> tuple[list[ViewSpec], list[ViewSpec]]:
 
 def save_encoder(recipe: Recipe, trainer: Trainer, images: ImageSet, folder: Path) -> None:
     """Writes the folder that `from_pretrained` loads: weights, configuration with provenance, image processor."""
-    encoder = trainer.method.encoder
+    encoder = cast(PreTrainedModel, trainer.method.encoder)
     encoder.config.pretraining = {
         "method": recipe.method_name,
         "settings": recipe.to_dict()["method"],
@@ -189,27 +190,22 @@ def evaluate(
     """
     folder = Path(encoder)
     run_recipe = folder / "recipe.yaml"
-    tree = load_recipe(run_recipe).to_dict() if run_recipe.exists() else {"data": {"dataset": dataset}}
-    if not run_recipe.exists() and dataset is None:
+    is_run = run_recipe.exists()
+    if not is_run and dataset is None:
         raise InputError(f"{encoder}: is no run's folder, so say which images to judge on with --dataset")
+    model, mean, std, size = _load_for_evaluation(folder / "encoder" if is_run else folder, encoder)
+    tree: dict[str, Any] = load_recipe(run_recipe).to_dict() if is_run else {"data": {"image_size": size}}
     if dataset is not None:
         tree["data"] = {**tree["data"], "dataset": dataset}
         tree["evaluation_data"] = None
-    recipe = recipe_from_dict(tree, encoder)
-    if overrides or protocols:
-        chosen = [f"evaluation.protocols=[{', '.join(protocols)}]"] if protocols else []
-        recipe = recipe.override([*overrides, *chosen])
-    model, mean, std, size = _load_for_evaluation(folder / "encoder" if run_recipe.exists() else folder, encoder)
+    chosen = [f"evaluation.protocols=[{', '.join(protocols)}]"] if protocols else []
+    recipe = recipe_from_dict(tree, encoder).override([*overrides, *chosen])
     labelled = _labelled_images(recipe, None, required=True)
     assert labelled is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = {
-        "encoder": encoder,
-        **evaluate_encoder(
-            model.to(device), *labelled, recipe.evaluation, mean=mean, std=std, device=device, image_size=size
-        ),
-        "environment": environment(device, 1),
-    }
+    model.to(device)
+    judged = evaluate_encoder(model, *labelled, recipe.evaluation, mean=mean, std=std, device=device, image_size=size)
+    results = {"encoder": folder.name if folder.exists() else encoder, **judged, "environment": environment(device, 1)}
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -265,7 +261,7 @@ def _labelled_images(
 def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
     """Gives `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
     images = trainer.images
-    shared = {"mean": images.mean, "std": images.std, "device": trainer.device}
+    shared: dict[str, Any] = {"mean": images.mean, "std": images.std, "device": trainer.device}
     if labelled is not None:
         return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, **shared)
     features = extract_features(trainer.encoder, images, batch_size=recipe.evaluation.batch_size, **shared)
@@ -286,7 +282,7 @@ def _baselines(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, Image
     return {"untrained": untrained["evaluations"], "pixels": pixels}
 
 
-def _load_for_evaluation(folder: Path, name: str) -> tuple[PreTrainedModel, Sequence[float], Sequence[float], int]:
+def _load_for_evaluation(folder: Path, name: str) -> tuple[nn.Module, Sequence[float], Sequence[float], int]:
     from transformers import AutoImageProcessor
 
     source = str(folder) if folder.exists() else name

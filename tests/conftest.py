@@ -9,8 +9,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The floors of the house: imports run only downwards, rooms of one floor keep apart, files and functions stay small."""
+"""The floors of the house: imports run downwards, rooms of one floor keep apart, files and functions stay small."""
 
 from __future__ import annotations
 

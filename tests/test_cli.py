@@ -99,6 +99,12 @@ def test_bad_settings(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
     assert message in refusal(capsys, "train", tiny, *override.split(), "--output", tmp_path / "run")
 
 
+def test_overrides_may_follow_options(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    line = ["train", tiny, "--output", tmp_path / "run", "training.epoch=1"]
+    assert "did you mean 'epochs'" in refusal(capsys, *line)
+    assert "unrecognized arguments: --ouput" in refusal(capsys, "train", tiny, "--ouput", "x=1")
+
+
 def test_bad_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "did you mean 'train'" in refusal(capsys, "trian", tiny)
     assert "tiny.yaml" in refusal(capsys, "train", tmp_path / "missing.yaml")

@@ -1,19 +1,16 @@
 """Where a run's images come from and how they are stored, as one strict dataclass: every default stands here once."""
 
-# ruff: noqa: I002 - `strict` checks only annotations that are not strings
+from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.settings import settings
 
 
-@strict
-@dataclass(kw_only=True)
+@settings
 class DataArguments:
     """Settings of the data.
 

@@ -75,10 +75,17 @@ def _about(job: DecodeJob, rows: np.ndarray, image_size: int, statistics: Statis
         "class_names": job.source.class_names,
         "mean": statistics[0],
         "std": statistics[1],
-        "name": job.source.name,
+        "name": _public_name(job.source.name),
         "fingerprint": job.key(),
         "image_size": image_size,
     }
+
+
+def _public_name(name: str) -> str:
+    """Leaves out where on this machine a local set is: the name goes into results, configurations and cards."""
+    path = Path(name).expanduser()
+    local = path.is_absolute() or path.exists() or name.startswith(".") or ".tar" in name
+    return path.resolve().name if local else name
 
 
 def _sampled_statistics(job: DecodeJob) -> Statistics:
@@ -131,7 +138,7 @@ def _write(job: DecodeJob, data: Path) -> Tally:
     tally = Tally()
     with _replacing(data) as file:
         for some in decode_all(job, tally):
-            file.write(memoryview(some).cast("B"))
+            file.write(some.tobytes())
     with _replacing(data.with_suffix(".json")) as file:
         file.write(json.dumps(asdict(tally)).encode())
     return tally

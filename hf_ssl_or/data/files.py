@@ -146,7 +146,9 @@ def _index_shard(number: int, shard: Path) -> tuple[list[tuple[int, int, int, st
                 if f".{extension.lower()}".endswith(_EXTENSIONS):
                     images.setdefault(key, (number, member.offset_data, member.size, member.name))
                 elif extension == "cls":
-                    text = archive.extractfile(member).read().decode().strip()
+                    content = archive.extractfile(member)
+                    assert content is not None  # a member that is a file has content
+                    text = content.read().decode().strip()
                     labels[key] = int(text) if text.isdigit() else text
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.dataset: cannot read {shard} as an uncompressed tar file: {error}") from error

@@ -72,7 +72,7 @@ class ViewLoader:
         self._order = lru_cache(maxsize=2)(lambda epoch: keyed_permutation(len(images), seed, "order", epoch))
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
-        """Yields the batches of global steps start_step, ..., stop_step - 1."""
+        """Yields the batches of global steps start_step, ..., stop_step - 1, over any number of epochs."""
         produced = self._render_ahead(start_step, stop_step) if self._prefetch else self._render(start_step, stop_step)
         while True:
             asked = time.perf_counter()

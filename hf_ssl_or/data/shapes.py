@@ -15,12 +15,12 @@ import numpy as np
 from hf_ssl_or.randomness import hashed_seed
 
 # Strength of the nuisances; lengths are shares of the image's side.
-RADIUS = (0.22, 0.38)
-SHIFT = 0.19  # largest distance of the centre from the image's, along each axis
-CONTRAST = (0.35, 0.75)  # difference of grey between shape and background
-TINT = 0.16  # spread of colours around grey
-GRADIENT = 0.12  # change of the background's light across the image
-TEXTURE = 0.08  # amplitude of stripes, of their own in shape and background
+RADIUS = (0.26, 0.42)
+SHIFT = 0.12  # largest distance of the centre from the image's, along each axis
+CONTRAST = (0.3, 0.65)  # difference of grey between shape and background
+TINT = 0.25  # spread of colours around grey
+GRADIENT = 0.25  # change of the background's light across the image
+TEXTURE = 0.04  # amplitude of stripes, of their own in shape and background
 TEXTURE_PERIOD = (0.12, 0.4)
 NOISE = 0.03  # standard deviation per pixel
 
@@ -39,7 +39,7 @@ class ShapesSource:
     """
 
     def __init__(self, n: int, seed: int, size: int = 32) -> None:
-        self.name, self.fingerprint = "shapes", f"shapes-1/{seed}/{n}/{size}"
+        self.name, self.fingerprint = "shapes", f"shapes-2/{seed}/{n}/{size}"
         blocks = [_draw_block(seed, block, size) for block in range(-(-n // _BLOCK))]
         self._images_NHW3 = np.concatenate([images for images, _ in blocks])[:n]
         self.labels: np.ndarray | None = np.concatenate([labels for _, labels in blocks])[:n]

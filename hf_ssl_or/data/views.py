@@ -156,15 +156,15 @@ def _render(images_NCHW: Tensor, plan: _Plan, size: int, blur_radius: int) -> Te
         shifted = slice(int(bounds[stage]), int(bounds[stage + 1]))
         if shifted.start < shifted.stop:
             color.shift_hue_(x_NCHW[shifted], hue[shifted])
-        if stage < 3 and (plan.table_NP[jittered, 6 + 3 * stage] != 1).any():
+        if stage < 3 and jittered.stop:
             color.blend_(x_NCHW[jittered], *(weight[jittered] for weight in blends[3 * stage : 3 * stage + 3]))
     if (gray := np.flatnonzero(plan.gray_N)).size:
-        rows_n = _move(gray, device)
-        x_NCHW.index_copy_(0, rows_n, color.gray(x_NCHW.index_select(0, rows_n)).expand(-1, 3, -1, -1))
+        which = _move(gray, device)
+        x_NCHW.index_copy_(0, which, color.gray(x_NCHW.index_select(0, which)).expand(-1, 3, -1, -1))
     if (blurred := np.flatnonzero(plan.sigma_N)).size:
-        rows_n = _move(blurred, device)
+        which = _move(blurred, device)
         matrix = blur_matrix(_move(plan.sigma_N[blurred], device), blur_radius, size)
-        x_NCHW.index_copy_(0, rows_n, apply_lines(x_NCHW.index_select(0, rows_n), matrix, matrix))
+        x_NCHW.index_copy_(0, which, apply_lines(x_NCHW.index_select(0, which), matrix, matrix))
     if np.isfinite(plan.threshold_N).any():
         color.solarize_(x_NCHW, _move(plan.threshold_N, device))
     return x_NCHW

@@ -6,11 +6,9 @@ It owns its heads and its state (teacher, queue, centre); the training loop know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,22 +126,6 @@ class SSLMethod(nn.Module):
         """Gives the trained encoder and its momentum copies, say to compile each of them."""
         owners = [module for module in self.modules() if isinstance(module, SSLMethod | MomentumTeacher)]
         return [owner.encoder for owner in owners]
-
-
-_C = TypeVar("_C")
-
-
-@dataclass_transform(kw_only_default=True)
-def settings(cls: type[_C]) -> type[_C]:
-    """Decorates a method's `Config`: a keyword-only dataclass whose types are checked and unknown keys refused.
-
-    `strict` alone passes over annotations that are strings, as `from __future__ import annotations` makes them all.
-    """
-    cls = dataclass(kw_only=True)(cls)
-    hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
-        field.type = hints[field.name]
-    return strict(cls)
 
 
 def require_positive(config: Any, *names: str) -> None:

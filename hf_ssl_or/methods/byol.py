@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.methods.base import SSLMethod, require_positive, settings
+from hf_ssl_or.methods.base import SSLMethod, require_positive
 from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
 from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
 from hf_ssl_or.methods.terms import full_precision, global_mean, negative_cosine
+from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive, settings
+from hf_ssl_or.methods.base import SSLMethod, require_positive
 from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
+from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 

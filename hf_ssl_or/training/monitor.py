@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ class Monitor:
             values["knn"] = self._knn(encoder, self.bank, self.test)
         if rank() == 0:
             spectra_path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(spectra_path, representation=feature_spectrum(features), **weight_spectra(encoder))
+            spectra: dict[str, Any] = {"representation": feature_spectrum(features), **weight_spectra(encoder)}
+            np.savez(spectra_path, **spectra)
         return values
 
     def _knn(self, encoder: nn.Module, bank: ImageSet, test: ImageSet) -> float:

@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from hf_ssl_or.data import views as views_module
 from hf_ssl_or.data.views import ViewParameters, clean_views, draw_parameters, render_views
 from hf_ssl_or.structures import ViewSpec
 
@@ -70,7 +71,7 @@ def test_a_rendered_view_is_what_torchvision_makes_of_the_same_parameters(specs)
 def test_parts_of_the_work_change_nothing(monkeypatch):
     images, parameters = some_images(), draw([FULL, FULL])
     whole = render_views(images, parameters, MEAN, STD)
-    monkeypatch.setitem(render_views.__wrapped__.__globals__["_CHUNK_PIXELS"], "cpu", 7 * 20 * 20)
+    monkeypatch.setitem(views_module._CHUNK_PIXELS, "cpu", 7 * 20 * 20)
     assert torch.equal(render_views(images, parameters, MEAN, STD), whole)
 
 

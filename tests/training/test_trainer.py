@@ -24,7 +24,14 @@ def tree(**training: object) -> dict:
         "method": {"name": "barlow_twins", "projector_dim": 32, "projector_hidden": 32},
         "orthogonality": {"penalty": "so", "weight": 1e-4},
         "training": {
-            **{"batch_size": 16, "epochs": 2, "log_every": 1, "monitor_every": 1, "monitor_images": 32, "device": "cpu"},
+            **{
+                "batch_size": 16,
+                "epochs": 2,
+                "log_every": 1,
+                "monitor_every": 1,
+                "monitor_images": 32,
+                "device": "cpu",
+            },
             **{"optimizer": {"name": "sgd", "lr": 0.05}},
             **training,
         },

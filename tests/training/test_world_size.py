@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hf_ssl_or.methods import available_methods
@@ -31,11 +32,11 @@ def start(folder: Path, processes: int, accumulation: int) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Five steps of every method: one process on the whole batch, two and four on shards, with and without accumulation."""
+    """Five steps of every method: one process on the whole batch, two and four on shards, with accumulation or not."""
     root = tmp_path_factory.mktemp("world")
     os.environ["HF_SSL_OR_CACHE"] = str(root / "cache")
     settings = {"one": (1, 1), "one accumulated": (1, 2), "two accumulated": (2, 2), "four": (4, 1)}
-    for names in (("one", "one accumulated"), ("two accumulated",), ("four",)):
+    for names in (("one", "one accumulated"), ("two accumulated", "four")):
         running = {name: start(root / name, *settings[name]) for name in names}
         for name, process in running.items():
             output, _ = process.communicate(timeout=240)
@@ -57,5 +58,6 @@ def test_equals_one_process_on_the_whole_batch(
     assert want.keys() == got.keys()
     assert want["losses"].unique().numel() > 1, "nothing was trained"
     for name in want:
-        difference = (want[name].double() - got[name].double()).norm() / want[name].double().norm().clamp(min=1e-2)
-        assert difference <= TOLERANCE[dtype], f"{name}: {difference:.2e}"
+        rtol = TOLERANCE[dtype]  # atol: a weight of length 1e-2 that started at zero is its own rounding
+        close = torch.isclose(got[name], want[name], rtol=rtol, atol=rtol / 10)
+        assert close.all(), f"{name}: off by {(got[name] - want[name]).abs().max():.2e}"

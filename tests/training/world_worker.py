@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def recipe_of(method: str, accumulation: int, batch_norm: str = "global") -> dict:
     return {
         "data": {"dataset": "shapes", "image_size": 32, "shapes_train": 64, "shapes_test": 0},
-        "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 8, 8]},
+        "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16]},
         "method": {"name": method},
         "views": {"count": 3},
         "orthogonality": {"penalty": "so", "weight": 1e-3},
@@ -31,7 +31,7 @@ def recipe_of(method: str, accumulation: int, batch_norm: str = "global") -> dic
             "batch_norm": batch_norm,
             "max_grad_norm": 5.0,
             "device": "cpu",
-            "optimizer": {"name": "sgd", "lr": 0.002},
+            "optimizer": {"name": "sgd", "lr": 0.001},
         },
     }
 
