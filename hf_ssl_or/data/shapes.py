@@ -16,11 +16,11 @@ from hf_ssl_or.randomness import hashed_seed
 
 # Strength of the nuisances; lengths are shares of the image's side.
 RADIUS = (0.26, 0.42)
-SHIFT = 0.12  # largest distance of the centre from the image's, along each axis
-CONTRAST = (0.3, 0.65)  # difference of grey between shape and background
-TINT = 0.25  # spread of colours around grey
-GRADIENT = 0.25  # change of the background's light across the image
-TEXTURE = 0.04  # amplitude of stripes, of their own in shape and background
+SHIFT = 0.15  # largest distance of the centre from the image's, along each axis
+CONTRAST = (0.35, 0.75)  # difference of grey between shape and background
+TINT = 0.35  # spread of colours around grey
+GRADIENT = 0.06  # change of the background's light across the image
+TEXTURE = 0.03  # amplitude of stripes, of their own in shape and background
 TEXTURE_PERIOD = (0.12, 0.4)
 NOISE = 0.03  # standard deviation per pixel
 
