@@ -94,13 +94,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--traceback"]
     try:
         return _dispatch(arguments)
-    except (InputError, NonFiniteLossError) as error:
+    except (InputError, NonFiniteLossError, OSError) as error:
         if show_traceback:
             traceback.print_exc()
         process = os.environ.get("RANK", "0")
         where = "" if process == "0" else f"[process {process}] "
-        print(f"hf-ssl-or: {where}error: {error}", file=sys.stderr)
+        print(f"hf-ssl-or: {where}error: {_one_line(error)}", file=sys.stderr)
         return EXIT_NON_FINITE if isinstance(error, NonFiniteLossError) else EXIT_BAD_INPUT
+
+
+def _one_line(error: Exception) -> str:
+    """Says what is wrong; of an error of the operating system (a full disk, say) the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _dispatch(argv: list[str]) -> int:

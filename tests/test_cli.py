@@ -99,6 +99,12 @@ def test_bad_settings(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
     assert message in refusal(capsys, "train", tiny, *override.split(), "--output", tmp_path / "run")
 
 
+def test_a_file_that_cannot_be_written_is_named(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert "/no/such" in refusal(capsys, "preview", tiny, "--output", "/no/such/views.png")
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal(capsys, "train", tiny, "--output", tmp_path / "file" / "run")
+
+
 def test_overrides_may_follow_options(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     line = ["train", tiny, "--output", tmp_path / "run", "training.epoch=1"]
     assert "did you mean 'epochs'" in refusal(capsys, *line)

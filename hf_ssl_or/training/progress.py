@@ -62,13 +62,14 @@ class RunProgress:
         if self.console.is_terminal:
             self.bar.update(self.task, note=note)
         else:
-            self.console.print(f"step {self.done}/{self.total}  {note}")
+            self.console.print(f"step {self.done}/{self.total}  {note}", soft_wrap=True)
 
     def show_monitor(self, values: dict[str, float]) -> None:
         """Prints one line about the encoder."""
         knn = f"kNN {values['knn']:.2f} %  " if "knn" in values else ""
         rank = f"RankMe {values['rankme']:.1f}  effective rank {values['effective_rank']:.1f}"
-        self.console.print(f"step {self.done}  {knn}{rank}  orthogonality error {values['orthogonality_error']:.3g}")
+        error = f"orthogonality error {values['orthogonality_error']:.3g}"
+        self.console.print(f"step {self.done}  {knn}{rank}  {error}", soft_wrap=True)
 
 
 class Clock:

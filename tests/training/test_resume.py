@@ -116,6 +116,19 @@ def test_sigterm_saves_and_exits_with_its_own_status(recipe: Path, whole_run: Pa
     assert_same_end(folder, whole_run)
 
 
+def test_two_processes_train_judge_and_save_as_one_does(recipe: Path, whole_run: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_ssl_or", "train"]
+    finished = run([sys.executable, *launch, str(recipe), "--output", str(folder)])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    want, got = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (whole_run, folder))
+    assert [line["loss"] for line in got if "loss" in line][:3] == pytest.approx(
+        [line["loss"] for line in want if "loss" in line][:3], rel=1e-5
+    )
+    assert json.loads((folder / "results.json").read_text())["environment"]["processes"] == 2
+    assert (folder / "encoder" / "model.safetensors").exists()
+
+
 def test_a_finished_run_resumes_to_itself_and_refuses_another_recipe(recipe: Path, whole_run: Path):
     before = (whole_run / "encoder" / "model.safetensors").read_bytes()
     assert run(command(recipe, whole_run, "--resume")).returncode == 0
