@@ -88,10 +88,10 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         "baselines": baselines,
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
-    if not is_main:
-        return None
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    if is_main:
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    trainer.accelerator.end_training()
+    return results if is_main else None
 
 
 def build_trainer(

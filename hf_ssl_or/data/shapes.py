@@ -15,7 +15,7 @@ import numpy as np
 from hf_ssl_or.randomness import hashed_seed
 
 # Strength of the nuisances; lengths are shares of the image's side.
-RADIUS = (0.26, 0.42)
+RADIUS = (0.24, 0.39)
 SHIFT = 0.15  # largest distance of the centre from the image's, along each axis
 CONTRAST = (0.35, 0.75)  # difference of grey between shape and background
 TINT = 0.35  # spread of colours around grey
@@ -23,6 +23,7 @@ GRADIENT = 0.06  # change of the background's light across the image
 TEXTURE = 0.03  # amplitude of stripes, of their own in shape and background
 TEXTURE_PERIOD = (0.12, 0.4)
 NOISE = 0.03  # standard deviation per pixel
+SPAN = 0.75  # share of the range that the image is drawn in at last, so that few colours are cut off
 
 _BLOCK = 500  # images drawn together
 
@@ -68,6 +69,7 @@ def _draw_block(seed: int, block: int, size: int) -> tuple[np.ndarray, np.ndarra
     fore = fore_N3[:, None, None] + TEXTURE * _draw_waves(rng, size, TEXTURE_PERIOD)[..., None]
     images = back + inside_NHW * (fore - back)
     images += NOISE * rng.standard_normal(images.shape, dtype=np.float32)
+    images = 0.5 + SPAN * (images - 0.5)
     return (images * 255).round().clip(0, 255).astype(np.uint8), labels_N.astype(np.int64)
 
 

@@ -247,8 +247,6 @@ class SSLResNetConfig(SSLConfig):
         name, own = OWN_RESNETS.get(self.architecture, (self.architecture, {}))
         if self.channels is not None:
             arguments["channels"] = self.channels
-            if self.stem == "small" and self.architecture not in OWN_RESNETS:  # timm's plain stem is 64 wide always
-                own = {"stem_type": "deep", "stem_width": self.channels[0] // 2}
         return name, {**own, **arguments}
 
     def _check_values(self) -> None:

@@ -117,6 +117,8 @@ class Trainer:
     def train(self, *, resume: bool = False) -> None:
         """Runs to the end, writing metrics, spectra and checkpoints into the run folder.
 
+        Processes stay connected, so that the encoder can be judged; `accelerator.end_training()` parts them.
+
         Args:
             resume: Continues from the newest valid checkpoint; without one, starts at step 0.
 
@@ -129,7 +131,6 @@ class Trainer:
             start = self._resume() if resume else 0
             self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
             self._run(start, stop_request)
-            self.accelerator.end_training()
 
     def _run(self, start: int, stop_request: StopRequest) -> None:
         log = MetricLog(self.run_dir / "metrics.jsonl", self.accelerator, start)
