@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 from hf_ssl_or.errors import InputError
@@ -17,12 +18,8 @@ def names_and_notes(what: str, pattern: str = "*") -> list[tuple[str, str]]:
 def _methods() -> list[tuple[str, str]]:
     from hf_ssl_or.methods import available_methods, get_method
 
-    def first_line(name: str) -> str:
-        import sys
-
-        return (sys.modules[get_method(name).__module__].__doc__ or "").strip().splitlines()[0]
-
-    return [(name, first_line(name)) for name in available_methods()]
+    documents = {name: import_module(get_method(name).__module__).__doc__ or "" for name in available_methods()}
+    return [(name, document.strip().partition("\n")[0]) for name, document in documents.items()]
 
 
 def _encoders() -> list[tuple[str, str]]:

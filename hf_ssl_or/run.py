@@ -20,7 +20,7 @@ from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.sources import list_splits
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.collapse import collapse_report
+from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.protocols import evaluate_encoder, get_protocol, judge_features
 from hf_ssl_or.methods import get_method
@@ -85,6 +85,7 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         "run": {"steps": trainer.total_steps, "train_seconds_this_session": round(seconds, 1)},
         "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(images)},
         **_judge(recipe, trainer, labelled),
+        "weights": weight_report(trainer.encoder),
         "baselines": baselines,
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
