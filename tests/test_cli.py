@@ -50,7 +50,7 @@ def test_train_leaves_a_folder_with_everything(tiny: Path, tmp_path: Path, capsy
     results = json.loads((folder / "results.json").read_text())
     assert results["evaluations"][0]["protocol"] == "knn" and results["baselines"].keys() == {"pixels", "untrained"}
     layers = results["weights"].values()
-    assert len(layers) == 20 and all(layer["orthogonality_error"] > 0 < layer["stable_rank"] for layer in layers)
+    assert len(layers) == 21 and all(layer["orthogonality_error"] > 0 < layer["stable_rank"] for layer in layers)
     shown = capsys.readouterr().out
     assert "RankMe" in shown and "AutoModel.from_pretrained" in shown and "raw pixels" in shown
 
