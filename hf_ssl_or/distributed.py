@@ -82,11 +82,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation whose statistics are those of all processes' images, on any device.
 
     `torch.nn.SyncBatchNorm` refuses CPU tensors; this is the same mathematics on gloo and NCCL, so that what is tested
-    on two CPU processes is what runs on GPUs. Input is (V*B, C, ...); with `views` = V > 1 each view has statistics of
-    its own, as code that forwards view by view does.
+    on two CPU processes is what runs on GPUs. Input is (V*B, C, ...); with `images_per_view` = B each view has
+    statistics of its own, as code that forwards view by view does.
     """
 
-    views: int = 1
+    images_per_view: int | None = None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -100,9 +100,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or self._torch_will_do(input):
             return super().forward(input)
         self._check_input_dim(input)
-        if input.shape[0] % self.views:
-            raise ValueError(f"a batch of {input.shape[0]} images does not divide into {self.views} views")
-        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, self.views)
+        views, rest = (1, 0) if self.images_per_view is None else divmod(input.shape[0], self.images_per_view)
+        if rest:
+            raise ValueError(f"{input.shape[0]} images do not divide into views of {self.images_per_view}")
+        out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, views)
         if self.track_running_stats:
             self._update_running(mean_VC, var_VC * (count / max(count - 1, 1)))
         return out
@@ -110,7 +111,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _torch_will_do(self, input: Tensor) -> bool:
         """One process and one set of statistics; but torch's CPU kernel sums channels-last images in float32."""
         inexact = input.device.type == "cpu" and input.dtype == torch.float32 and not input.is_contiguous()
-        return world_size() == 1 and self.views == 1 and not inexact
+        return world_size() == 1 and self.images_per_view is None and not inexact
 
     @torch.no_grad()
     def _update_running(self, mean_VC: Tensor, var_VC: Tensor) -> None:
@@ -192,12 +193,12 @@ def _split(x: Tensor, views: int) -> Tensor:
     return x.reshape(views, x.shape[0] // views, x.shape[1], -1)
 
 
-def use_global_batch_norm(module: nn.Module, views: int = 1) -> nn.Module:
+def use_global_batch_norm(module: nn.Module, images_per_view: int | None = None) -> nn.Module:
     """Turns every plain BatchNorm of `module` into `GlobalBatchNorm`, in place, with the same parameters and names.
 
     Args:
         module: Any module; its state dict does not change.
-        views: 1 for statistics over all views together, V for statistics per view.
+        images_per_view: B, this process's images of one view, for statistics per view; None for all views together.
 
     Raises:
         ValueError: A subclass of BatchNorm (say, one fused with an activation) cannot be converted.
@@ -206,7 +207,7 @@ def use_global_batch_norm(module: nn.Module, views: int = 1) -> nn.Module:
     for name, child in module.named_modules():
         if type(child) in plain:
             child.__class__ = GlobalBatchNorm
-            child.views = views
+            child.images_per_view = images_per_view
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name}: a {type(child).__name__} cannot take statistics over the global batch")
     return module

@@ -23,6 +23,7 @@ from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import EvaluationArguments
 from hf_ssl_or.methods import get_method
+from hf_ssl_or.methods.whitening import WhiteningConfig
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
@@ -67,8 +68,8 @@ class ViewArguments:
     local_specs: list[ViewSpec] | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 2:
-            raise InputError(f"views.count: a method compares at least 2 views, not {self.count}")
+        if self.count < 1:
+            raise InputError(f"views.count: at least 1 view, not {self.count}")
         if self.local_count and not self.local_specs:
             raise InputError("views.local_specs: local_count needs at least one spec that sets size")
 
@@ -83,6 +84,7 @@ class Recipe:
         encoder: The encoder.
         method_name: Name of the method.
         method: Settings of the method, of its own strict type.
+        feature_whitening: Variance and covariance terms added to the method's loss, the usual remedy for collapse.
         views: The views.
         orthogonality: The penalty on the encoder's weights.
         training: The loop.
@@ -94,6 +96,7 @@ class Recipe:
     encoder: EncoderArguments = field(default_factory=EncoderArguments)
     method_name: str = "barlow_twins"
     method: Any = None
+    feature_whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     views: ViewArguments = field(default_factory=ViewArguments)
     orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)
     training: TrainingArguments = field(default_factory=TrainingArguments)
@@ -111,7 +114,7 @@ class Recipe:
         for section, keys in _NO_INFLUENCE.items():
             for key in keys:
                 plain[section].pop(key)
-        return {key: plain[key] for key in ("data", "encoder", "method", "views", "orthogonality", "training")}
+        return {key: plain[key] for key in _IDENTITY}
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Gives a recipe with dotted settings replaced, say "training.epochs=5"."""
@@ -121,6 +124,7 @@ class Recipe:
         return recipe_from_dict(tree)
 
 
+_IDENTITY = ("data", "encoder", "method", "feature_whitening", "views", "orthogonality", "training")
 _NO_INFLUENCE = {
     "data": ("cache", "cache_dir", "num_workers"),
     "training": (

@@ -143,6 +143,7 @@ def build_method(recipe: Recipe) -> SSLMethod:
             num_views=recipe.views.count,
             batch_size=recipe.training.batch_size,
             num_local_views=recipe.views.local_count,
+            whitening=recipe.feature_whitening,
         )
 
 

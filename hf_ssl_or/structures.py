@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -95,9 +94,7 @@ class SSLOutput:
     Attributes:
         loss: Scalar with gradient; the loss of the global batch, the same on every process.
         terms: Named parts of the loss, detached scalars, for the log.
-        features_VBF: Detached encoder features of this process, for label-free monitoring.
     """
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
-    features_VBF: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -95,7 +95,7 @@ def batch_norm(views: int, affine: bool, plain: bool = False) -> dict[str, Tenso
         groups = x.flatten(0, 1)[None] if views == 1 else x
         out = torch.cat([norm(group) for group in groups])
     else:
-        out = distributed.use_global_batch_norm(norm, views)(x.flatten(0, 1))
+        out = distributed.use_global_batch_norm(norm, x.shape[1] if views > 1 else None)(x.flatten(0, 1))
     out = out.unflatten(0, x.shape[:2])
     (out * own_slice(random(3, N, 5, 2, 2, seed=4), 1)).sum().backward()
     result = {"out": distributed.gather_batch(out, 1), "grad": distributed.gather_batch(x.grad, 1)}
@@ -111,7 +111,7 @@ def training(
     config_class = get_method(name).config_class
     large = [f.name for f in dataclasses.fields(config_class) if type(f.default) is int and f.default > 64]
     method = get_method(name)(make_encoder(), config_class(**dict.fromkeys(large, 16)), num_views=views, batch_size=N)
-    distributed.use_global_batch_norm(method.double().train(), views if per_view else 1)
+    distributed.use_global_batch_norm(method.double().train(), N // distributed.world_size() if per_view else None)
     method.prepare_accumulation(chunks)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     model = DistributedDataParallel(method, broadcast_buffers=False) if distributed.world_size() > 1 else method
@@ -194,7 +194,7 @@ def test_statistics_per_view_are_another_loss():
 
 
 def test_evaluation_uses_the_running_statistics():
-    norm = distributed.use_global_batch_norm(nn.BatchNorm1d(4), views=2)
+    norm = distributed.use_global_batch_norm(nn.BatchNorm1d(4), images_per_view=4)
     norm(torch.randn(8, 4))
     x = torch.randn(3, 4)  # need not divide into views
     expected = (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
@@ -202,7 +202,7 @@ def test_evaluation_uses_the_running_statistics():
 
 
 def test_half_precision_keeps_statistics_in_float32():
-    norm = distributed.use_global_batch_norm(nn.BatchNorm1d(4), views=2)
+    norm = distributed.use_global_batch_norm(nn.BatchNorm1d(4), images_per_view=32)
     x = (torch.randn(64, 4) + 30).to(torch.bfloat16)
     out = norm(x)
     assert out.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32

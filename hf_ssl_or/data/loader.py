@@ -150,8 +150,8 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _check(images: int, name: str, views: int, batch_size: int, world_size: int) -> None:
-    if views < 2:
-        raise InputError(f"views: a method compares at least 2 views of an image, not {views}")
+    if views < 1:
+        raise InputError("views: each image gives at least 1 view, not 0")
     if batch_size < world_size or batch_size % world_size:
         raise InputError(
             f"training.batch_size: {batch_size} images do not divide among {world_size} processes; take a multiple"

@@ -8,7 +8,7 @@ from importlib import import_module
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.methods.base import SSLMethod
 
-_SHARED = {"base", "heads", "teacher", "terms"}
+_SHARED = {"base", "families", "heads", "queue", "teacher", "terms", "whitening"}
 
 
 def available_methods() -> list[str]:

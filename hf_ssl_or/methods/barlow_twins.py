@@ -17,22 +17,18 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive
-from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.terms import full_precision, product_split, standardise
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config:
+class Config(ProjectorConfig):
     """Settings of Barlow Twins.
 
     Attributes:
-        projector_hidden: Width of the projector's hidden layers.
-        projector_dim: D, the width of the projections.
-        projector_layers: Number of linear layers.
         beta: Weight of the off-diagonal term; "auto" follows D, see `auto_beta`.
         scale: Factor on the whole loss; matters beside weight decay and penalties.
     """
@@ -45,7 +41,7 @@ class Config:
 
     def validate_ranges(self) -> None:
         """Checks that sizes and weights make sense."""
-        require_positive(self, "projector_hidden", "projector_dim", "projector_layers", "scale")
+        require_positive(self, "scale")
         if self.beta != "auto" and self.beta < 0:
             raise ValueError(f"beta: must be 'auto' or at least 0, not {self.beta}")
 
@@ -71,7 +67,7 @@ def barlow_twins_loss(z_VND: Tensor, beta: float, scale: float = 1.0) -> tuple[T
     return scale * (invariance + beta * redundancy), {"invariance": invariance, "redundancy": redundancy}
 
 
-class Method(SSLMethod):
+class Method(ProjectionMethod):
     """Barlow Twins for any number of views."""
 
     config_class = Config
@@ -88,13 +84,8 @@ class Method(SSLMethod):
 
     def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
         super().__init__(encoder, config, **sizes)
-        self.projector = ProjectionHead(
-            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
-        )
         self.beta = auto_beta(config.projector_dim) if config.beta == "auto" else config.beta
 
-    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
-        features_VBF = self.encode(batch.views_VBCHW)
-        z_VND = gather_batch(self.projector(features_VBF), dim=1)
-        return self.output(*barlow_twins_loss(z_VND, self.beta, self.config.scale), features_VBF)
+        return barlow_twins_loss(z_VND, self.beta, self.config.scale)

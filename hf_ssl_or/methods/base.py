@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_ssl_or.distributed import has_batch_statistics
+from hf_ssl_or.distributed import gather_batch, has_batch_statistics
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.teacher import MomentumTeacher
+from hf_ssl_or.methods.whitening import WhiteningConfig, feature_whitening
+from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
@@ -31,6 +33,7 @@ class SSLMethod(nn.Module):
         num_views: V, the number of views of each image.
         batch_size: N, the number of images in the global batch, of all processes together.
         num_local_views: Number of smaller views, for methods with multi-crop.
+        whitening: Variance and covariance terms that are added to the loss; None for none.
 
     Attributes:
         config_class: Strict dataclass of the method's settings.
@@ -38,6 +41,8 @@ class SSLMethod(nn.Module):
         citation: BibTeX entry of the paper.
         min_views: Smallest number of views that the method works with.
         takes_local_views: Whether the method makes use of local views.
+        needs_patches: Whether the encoder must be a vision transformer of ours.
+        order_of_views_matters: Whether the loss changes when the views change places.
         chunks: In how many parts the encoder sees the batch, see `prepare_accumulation`.
 
     Raises:
@@ -49,6 +54,8 @@ class SSLMethod(nn.Module):
     citation: ClassVar[str]
     min_views: ClassVar[int] = 2
     takes_local_views: ClassVar[bool] = False
+    needs_patches: ClassVar[bool] = False
+    order_of_views_matters: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,7 +64,14 @@ class SSLMethod(nn.Module):
             raise TypeError(f"{cls.__module__}.{cls.__qualname__} must define {', '.join(missing)}")
 
     def __init__(
-        self, encoder: nn.Module, config: Any, *, num_views: int, batch_size: int, num_local_views: int = 0
+        self,
+        encoder: nn.Module,
+        config: Any,
+        *,
+        num_views: int,
+        batch_size: int,
+        num_local_views: int = 0,
+        whitening: WhiteningConfig | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__module__.rpartition(".")[2]
@@ -67,7 +81,9 @@ class SSLMethod(nn.Module):
             raise InputError(f"views.local_count: {name} takes no local views; set it to 0, not {num_local_views}")
         if batch_size < 2:
             raise InputError(f"training.batch_size: {name} needs at least 2 images, not {batch_size}")
-        self.encoder, self.config = encoder, config
+        if self.needs_patches and not isinstance(encoder, SSLViTModel):
+            raise InputError(f"encoder.name: {name} needs a vision transformer, say vit_tiny")
+        self.encoder, self.config, self.whitening = encoder, config, whitening
         self.num_views, self.num_local_views, self.batch_size = num_views, num_local_views, batch_size
         self.feature_size: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.chunks, self.channels_last = 1, False
@@ -89,21 +105,54 @@ class SSLMethod(nn.Module):
         Returns:
             Features, (V, B, F).
         """
-        encoder = self.encoder if encoder is None else encoder
-        images = views_VBCHW.flatten(0, 1)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self.chunks == 1:
-            features = _features(encoder, images)
-        else:
-            parts = images.chunk(self.chunks)
-            features = torch.cat([_recomputed_features(encoder, part) for part in parts])
+        features = self.encode_images(views_VBCHW.flatten(0, 1), encoder)
         return features.unflatten(0, views_VBCHW.shape[:2])
 
-    def output(self, loss: Tensor, terms: dict[str, Tensor], features_VBF: Tensor) -> SSLOutput:
-        """Packs the loss with its terms and features, both detached."""
-        terms = {name: term.detach() for name, term in terms.items()}
-        return SSLOutput(loss=loss, terms=terms, features_VBF=features_VBF.detach())
+    def encode_with_local_views(self, batch: MultiViewBatch) -> Tensor:
+        """Encodes the views and, in a second forward, the smaller local views: (V + local views, B, F)."""
+        features_VBF = self.encode(batch.views_VBCHW)
+        if batch.local_views_VBCHW is None:
+            return features_VBF
+        return torch.cat([features_VBF, self.encode(batch.local_views_VBCHW)])
+
+    def encode_images(
+        self, images: Tensor, encoder: nn.Module | None = None, *, read: str = "pooler_output", **inputs: Tensor
+    ) -> Tensor:
+        """Encodes images (M, C, H, W), in parts that are recomputed in backward where that was asked for.
+
+        Args:
+            images: The images.
+            encoder: Another encoder than the trained one.
+            read: Name of the encoder's output to give, with M as its first dimension.
+            inputs: Further inputs of the encoder, with M as their first dimension.
+        """
+        encoder = self.encoder if encoder is None else encoder
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        tensors = {"pixel_values": images, **inputs}
+        if self.chunks == 1:
+            return _encoded(encoder, read, tensors)
+        parts = zip(*(tensor.chunk(self.chunks) for tensor in tensors.values()), strict=True)
+        return torch.cat(
+            [
+                checkpoint(_encoded, encoder, read, dict(zip(tensors, part, strict=True)), use_reentrant=False)
+                for part in parts
+            ]
+        )
+
+    def output(self, loss: Tensor, terms: dict[str, Tensor], embeddings_VBD: Tensor) -> SSLOutput:
+        """Packs the loss with its terms, detached; adds feature whitening where the recipe asks for it.
+
+        Args:
+            loss: The loss of the global batch.
+            terms: Its parts, for the log.
+            embeddings_VBD: This process's projections, or predictions where the method has a predictor, with gradient.
+        """
+        if self.whitening is not None and self.whitening.weight > 0:
+            embeddings_VND = gather_batch(embeddings_VBD, dim=1)
+            whitening = self.whitening.weight * feature_whitening(embeddings_VND, self.whitening.covariance)
+            loss, terms = loss + whitening, {**terms, "whitening": whitening}
+        return SSLOutput(loss=loss, terms={name: term.detach() for name, term in terms.items()})
 
     def prepare_accumulation(self, chunks: int) -> None:
         """Makes a step need about 1/chunks of the encoder's memory, with the gradient of the whole batch.
@@ -135,9 +184,5 @@ def require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}: must be above 0, not {getattr(config, name)}")
 
 
-def _features(encoder: nn.Module, images: Tensor) -> Tensor:
-    return encoder(pixel_values=images).pooler_output
-
-
-def _recomputed_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    return checkpoint(_features, encoder, images, use_reentrant=False)
+def _encoded(encoder: nn.Module, read: str, tensors: dict[str, Tensor]) -> Tensor:
+    return getattr(encoder(**tensors), read)

@@ -13,41 +13,32 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.methods.base import SSLMethod, require_positive
-from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
-from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.terms import full_precision, global_mean, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config:
+class Config(MomentumConfig):
     """Settings of BYOL.
 
     Attributes:
-        projector_hidden: Width of the projector's hidden layer.
-        projector_dim: D, the width of projections and predictions.
         predictor_hidden: Width of the predictor's hidden layer.
-        momentum: Share of itself that the teacher keeps in the first step.
-        final_momentum: The same at the end of training; the way there is half a cosine.
     """
 
     projector_hidden: int = 4096  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # the paper; solo-learn, CIFAR
     predictor_hidden: int = 4096  # the paper; solo-learn, CIFAR
     momentum: float | int = 0.99  # solo-learn, CIFAR; the paper, 1000 epochs of ImageNet: 0.996
-    final_momentum: float | int = 1.0
 
     def validate_ranges(self) -> None:
-        """Checks that sizes and momenta make sense."""
-        require_positive(self, "projector_hidden", "projector_dim", "predictor_hidden")
-        for name in ("momentum", "final_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+        """Checks that the predictor has a width."""
+        require_positive(self, "predictor_hidden")
 
 
 @full_precision
@@ -56,7 +47,7 @@ def byol_loss(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     return 4 + 4 * negative_cosine(p_VND, target_VND)
 
 
-class Method(SSLMethod):
+class Method(MomentumMethod):
     """BYOL for any number of views."""
 
     config_class = Config
@@ -75,20 +66,10 @@ class Method(SSLMethod):
 
     def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
         super().__init__(encoder, config, **sizes)
-        self.projector = ProjectionHead(self.feature_size, config.projector_hidden, config.projector_dim)
         self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
-        self.teacher = MomentumTeacher(encoder, self.projector)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the teacher's projections of the other views."""
-        features_VBF = self.encode(batch.views_VBCHW)
-        p_VBD = self.predictor(self.projector(features_VBF))
-        with torch.no_grad():
-            target_VBD = self.teacher.projector(self.encode(batch.views_VBCHW, self.teacher.encoder))
-        loss = global_mean(byol_loss(p_VBD, target_VBD))
-        return self.output(loss, {"cosine": 1 - loss / 4}, features_VBF)
-
-    def on_step_end(self, step: int, total_steps: int) -> None:
-        """Moves the teacher towards the student."""
-        momentum = cosine_momentum(self.config.momentum, self.config.final_momentum, step, total_steps)
-        self.teacher.update(self.encoder, self.projector, momentum)
+        p_VBD = self.predictor(self.projector(self.encode(batch.views_VBCHW)))
+        loss = global_mean(byol_loss(p_VBD, self.targets(batch.views_VBCHW)))
+        return self.output(loss, {"cosine": 1 - loss / 4}, p_VBD)

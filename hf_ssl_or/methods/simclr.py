@@ -10,26 +10,20 @@ they are not to be pushed away, so V = 2 is the published NT-Xent. All pairs sha
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive
-from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.terms import full_precision, info_nce
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config:
+class Config(ProjectorConfig):
     """Settings of SimCLR.
 
     Attributes:
-        projector_hidden: Width of the projector's hidden layers.
-        projector_dim: D, the width of the projections.
-        projector_layers: Number of linear layers.
         temperature: Divides the cosines.
     """
 
@@ -40,7 +34,7 @@ class Config:
 
     def validate_ranges(self) -> None:
         """Checks that sizes and the temperature make sense."""
-        require_positive(self, "projector_hidden", "projector_dim", "projector_layers", "temperature")
+        require_positive(self, "temperature")
 
 
 @full_precision
@@ -50,7 +44,7 @@ def simclr_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Te
     return loss, {"positive_cosine": positive_cosine}
 
 
-class Method(SSLMethod):
+class Method(ProjectionMethod):
     """SimCLR for any number of views."""
 
     config_class = Config
@@ -62,14 +56,6 @@ class Method(SSLMethod):
   year = {2020}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.projector = ProjectionHead(
-            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
-        )
-
-    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
-        features_VBF = self.encode(batch.views_VBCHW)
-        z_VND = gather_batch(self.projector(features_VBF), dim=1)
-        return self.output(*simclr_loss(z_VND, self.config.temperature), features_VBF)
+        return simclr_loss(z_VND, self.config.temperature)

@@ -11,27 +11,20 @@ give the mean of L(z_1, z_2) and L(z_2, z_1), which is the published loss. The c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive
-from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config:
+class Config(ProjectorConfig):
     """Settings of VICReg.
 
     Attributes:
-        projector_hidden: Width of the projector's hidden layers.
-        projector_dim: D, the width of the projections.
-        projector_layers: Number of linear layers.
         invariance_weight: Weight of the squared distance of views.
         variance_weight: Weight of the hinge on standard deviations.
         covariance_weight: Weight of the squared covariances.
@@ -46,7 +39,6 @@ class Config:
 
     def validate_ranges(self) -> None:
         """Checks that sizes and weights make sense."""
-        require_positive(self, "projector_hidden", "projector_dim", "projector_layers")
         for name in ("invariance_weight", "variance_weight", "covariance_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
@@ -69,7 +61,7 @@ def vicreg_loss(
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
 
 
-class Method(SSLMethod):
+class Method(ProjectionMethod):
     """VICReg for any number of views."""
 
     config_class = Config
@@ -81,16 +73,7 @@ class Method(SSLMethod):
   year = {2022}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.projector = ProjectionHead(
-            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
-        )
-
-    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
-        features_VBF = self.encode(batch.views_VBCHW)
-        z_VND = gather_batch(self.projector(features_VBF), dim=1)
         config = self.config
-        weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
-        return self.output(*vicreg_loss(z_VND, *weights), features_VBF)
+        return vicreg_loss(z_VND, config.invariance_weight, config.variance_weight, config.covariance_weight)

@@ -105,7 +105,8 @@ class Trainer:
 
     def _prepare_method(self, method: SSLMethod) -> SSLMethod:
         arguments = self.arguments
-        use_global_batch_norm(method, views=method.num_views if arguments.batch_norm == "per_view" else 1)
+        images = arguments.batch_size // self.accelerator.num_processes
+        use_global_batch_norm(method, images_per_view=images if arguments.batch_norm == "per_view" else None)
         method.prepare_accumulation(arguments.gradient_accumulation_steps)
         if arguments.channels_last:
             method.use_channels_last()

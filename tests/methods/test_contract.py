@@ -51,7 +51,6 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_for_every_trained_weight(na
     output = method(make_batch(views))
     assert output.loss.shape == () and output.loss.isfinite()
     assert all(term.shape == () and term.isfinite() and not term.requires_grad for term in output.terms.values())
-    assert output.features_VBF.shape == (views, B, 16) and not output.features_VBF.requires_grad
     output.loss.backward()
     for parameter, grad in gradients(method).items():  # DDP waits for ever for a gradient that does not come
         assert grad is not None and grad.isfinite().all(), parameter
@@ -142,7 +141,7 @@ def test_the_file_documents_itself(name):
     assert method.__doc__ and importlib.import_module(method.__module__).__doc__
     assert method.citation.startswith("@") and method.citation.count("{") == method.citation.count("}")
     assert all(isinstance(spec, ViewSpec) for spec in method.views)
-    documented = method.config_class.__doc__
+    documented = "".join(cls.__doc__ or "" for cls in method.config_class.__mro__)
     assert all(f"{f.name}:" in documented for f in dataclasses.fields(method.config_class))
 
 

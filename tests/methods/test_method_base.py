@@ -144,8 +144,8 @@ def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
     torch.testing.assert_close(recomputed, weight.grad)
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_global_batch_norm_bears_in_place_activations(tiny_encoder, views):
-    method = use_global_batch_norm(Plain(tiny_encoder(), Config(), **SIZES), views=views)
+@pytest.mark.parametrize("images_per_view", [None, 4])
+def test_global_batch_norm_bears_in_place_activations(tiny_encoder, images_per_view):
+    method = use_global_batch_norm(Plain(tiny_encoder(), Config(), **SIZES), images_per_view)
     method.encode(torch.randn(2, 4, 3, 8, 8)).square().sum().backward()
     assert method.encoder.layers[0].weight.grad.isfinite().all()

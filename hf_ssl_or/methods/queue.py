@@ -1,0 +1,50 @@
+"""A queue of features of earlier batches: negatives, nearest neighbours, or more samples for Sinkhorn's balance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_ssl_or.errors import InputError
+
+
+class FeatureQueue(nn.Module):
+    """The last `size` features, oldest replaced first; equal on all processes, as they push the global batch.
+
+    It starts with random unit vectors. Features are replaced in place without asking the device for the position, so
+    push in `on_step_end`: before, the backward pass may still need what is replaced.
+
+    Args:
+        size: Q, how many features are kept; a multiple of `batch_size`.
+        dim: D, their width.
+        batch_size: N, how many features each push brings.
+        name: Name of the setting that gave `size`, for the error.
+
+    Raises:
+        InputError: `size` is not a multiple of the batch.
+    """
+
+    features_QD: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int, batch_size: int, *, name: str = "queue_size") -> None:
+        super().__init__()
+        if size < batch_size or size % batch_size:
+            raise InputError(f"method.{name}: {size} is not a multiple of training.batch_size, {batch_size}")
+        self.register_buffer("features_QD", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, features_ND: Tensor) -> None:
+        """Replaces the oldest features by those of the global batch."""
+        size, images = len(self.features_QD), len(features_ND)
+        places = (self.position + torch.arange(images, device=self.position.device)) % size
+        self.features_QD.index_copy_(0, places, features_ND.to(self.features_QD.dtype))
+        self.position.add_(images).remainder_(size)
+
+    @torch.no_grad()
+    def nearest(self, features: Tensor) -> Tensor:
+        """Gives for every row of (..., D) the unit vector of the queue with the largest cosine, (..., D)."""
+        unit = F.normalize(features, dim=-1).to(self.features_QD.dtype)
+        return self.features_QD[(unit @ self.features_QD.T).argmax(-1)]
