@@ -39,7 +39,18 @@ def _recipes() -> list[tuple[str, str]]:
     if not folder.is_dir():
         raise InputError("recipes: no such folder here; run this in a clone of the repository")
     paths = sorted(path for path in folder.rglob("*.yaml") if "accelerate" not in path.parts and _is_run(path))
-    return [(str(path), path.read_text().partition("\n")[0].lstrip("# ")) for path in paths]
+    return [(str(path), _first_comment(path) + _variants(path)) for path in paths]
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text().partition("\n")[0].lstrip("# ")
+
+
+def _variants(path: Path) -> str:
+    from hf_ssl_or.recipe import recipe_variants
+
+    names = recipe_variants(path)
+    return f" (variants: {' '.join(f'-{name}' for name in names)})" if names else ""
 
 
 def _is_run(path: Path) -> bool:

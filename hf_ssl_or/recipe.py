@@ -1,7 +1,9 @@
 """A run as data: YAML with dotted overrides, read into strict typed settings.
 
 A recipe may start from another with `defaults: ../resnet18.yaml` (a path relative to itself); its own keys win, key by
-key. An unknown key is an error that names the nearest valid one. What was resolved is written into the run's folder.
+key. Its `variants` are named changes: where `resnet18-srip.yaml` is no file, it is `resnet18.yaml` with the changes
+that its variant `srip` lists. An unknown key is an error that names the nearest valid one. What was resolved is written
+into the run's folder.
 """
 
 from __future__ import annotations
@@ -138,13 +140,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of one with variants appended: "resnet18-srip.yaml".
         overrides: Dotted settings that win over the file, say "training.epochs=5"; values are read as YAML.
 
     Raises:
         InputError: A file, key or value is wrong; the message names it.
     """
-    tree = _read(Path(path))
+    tree = _read_variant(Path(path))
     for override in overrides:
         _apply(tree, override)
     return recipe_from_dict(tree, str(path))
@@ -260,6 +262,26 @@ def _parse(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_variant(path: Path) -> dict[str, Any]:
+    """Reads a recipe file, with the changes of the variants in its name where only a shorter name is a file."""
+    file, names = path, list[str]()
+    while not file.exists() and "-" in file.stem:
+        stem, _, name = file.stem.rpartition("-")
+        file, names = file.with_stem(stem), [name, *names]
+    tree = _read(file if file.exists() else path)
+    variants = _mapping(tree.pop("variants", {}), "variants", str(file))
+    for name in names:
+        if name not in variants:
+            raise _in(str(path), unknown(f"variant of {file.name}", name, variants))
+        tree = _merge(tree, _mapping(variants[name], f"variants.{name}", str(file)))
+    return tree
+
+
+def recipe_variants(path: Path) -> list[str]:
+    """Names the variants of a recipe file."""
+    return list(_mapping(_read(path).get("variants", {}), "variants", str(path)))
 
 
 def _read(path: Path) -> dict[str, Any]:

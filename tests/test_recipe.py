@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.recipe import _parse, load_recipe, recipe_from_dict, write_recipe
 
 MINIMAL = {"data": {"dataset": "shapes"}}
@@ -112,4 +113,36 @@ def test_every_recipe_of_the_repository_loads(path: Path):
         pytest.skip("no recipe of a run")
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("train" in line for line in head) and any("xpect" in line for line in head), "command and expectation"
-    load_recipe(path)
+    recipe = load_recipe(path)
+    assert recipe.orthogonality.penalty == "so" or path.stem == "quickstart"
+
+
+def test_every_method_has_a_recipe_with_every_penalty():
+    folder = Path(__file__).parent.parent / "recipes" / "cifar10"
+    vits = [folder / "dino" / f"vit-{size}.yaml" for size in ("tiny", "small", "base")]
+    for name in available_methods():
+        encoder = "vit-tiny" if get_method(name).needs_patches else "resnet18"
+        for file in [folder / name / f"{encoder}.yaml", *(vits if name == "dino" else [])]:
+            for penalty in ("none", "so", "srip"):
+                recipe = load_recipe(file.with_stem(f"{file.stem}-{penalty}"))
+                assert (recipe.method_name, recipe.orthogonality.penalty) == (name, penalty)
+
+
+def test_variants_are_read_from_the_name_of_the_file(tmp_path: Path):
+    write(tmp_path / "defaults.yaml", "variants: {many: {views: {count: 8}}, srip: {orthogonality: {penalty: srip}}}")
+    write(
+        tmp_path / "a-b.yaml",
+        "defaults: defaults.yaml\ndata: {dataset: shapes}\nvariants: {srip: {views: {count: 3}}}",
+    )
+    assert load_recipe(tmp_path / "a-b.yaml").views.count == 2
+    both = load_recipe(tmp_path / "a-b-srip-many.yaml", ["training.epochs=7"])
+    assert (both.views.count, both.orthogonality.penalty, both.training.epochs) == (8, "srip", 7)
+    assert load_recipe(tmp_path / "a-b-many-srip.yaml").views.count == 3  # the last word wins
+    with pytest.raises(
+        InputError, match=r"a-b-strip\.yaml: unknown variant of a-b\.yaml 'strip': did you mean 'srip'"
+    ):
+        load_recipe(tmp_path / "a-b-strip.yaml")
+    with pytest.raises(InputError, match=r"c-srip\.yaml: cannot be read"):
+        load_recipe(tmp_path / "c-srip.yaml")
+    write(tmp_path / "a-b-srip.yaml", "data: {dataset: shapes}")
+    assert load_recipe(tmp_path / "a-b-srip.yaml").orthogonality.penalty != "srip"  # a file of that name is that file
