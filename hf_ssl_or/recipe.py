@@ -2,8 +2,8 @@
 
 A recipe may start from another with `defaults: ../resnet18.yaml` (a path relative to itself); its own keys win, key by
 key. Its `variants` are named changes: where `resnet18-srip.yaml` is no file, it is `resnet18.yaml` with the changes
-that its variant `srip` lists. An unknown key is an error that names the nearest valid one. What was resolved is written
-into the run's folder.
+that its variant `srip` lists. An unknown key is an error that names the nearest valid one. What was resolved is
+written into the run's folder.
 """
 
 from __future__ import annotations
