@@ -5,7 +5,6 @@ One spawn of four processes runs every check with 2 and with 4 of them and write
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from small_methods import small_settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_ssl_or import distributed
-from hf_ssl_or.methods import available_methods, get_method
+from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.structures import MultiViewBatch
 
@@ -108,9 +108,8 @@ def training(
 ) -> dict[str, Tensor]:
     """Losses, gradients and the state after steps of a method under DDP."""
     torch.manual_seed(0)
-    config_class = get_method(name).config_class
-    large = [f.name for f in dataclasses.fields(config_class) if type(f.default) is int and f.default > 64]
-    method = get_method(name)(make_encoder(), config_class(**dict.fromkeys(large, 16)), num_views=views, batch_size=N)
+    config = get_method(name).config_class(**small_settings(name))
+    method = get_method(name)(make_encoder(), config, num_views=views, batch_size=N)
     distributed.use_global_batch_norm(method.double().train(), N // distributed.world_size() if per_view else None)
     method.prepare_accumulation(chunks)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
@@ -132,7 +131,7 @@ def training(
 CHECKS = {
     "collectives": collectives,
     **{f"batch_norm-{v}-{a}": partial(batch_norm, v, a) for v in (1, 3) for a in (True, False)},
-    **{f"{name}-{views}": partial(training, name, views) for name in available_methods() for views in (2, 3)},
+    **{f"{name}-{views}": partial(training, name, views) for name in ("barlow_twins", "byol") for views in (2, 3)},
     "byol-per_view": partial(training, "byol", 3, per_view=True),
     "byol-recomputed": partial(training, "byol", 2, chunks=4, make_encoder=resnet),
 }

@@ -1,6 +1,7 @@
-"""Three heads for all methods: projection, prediction, prototypes. Input and output are (V, B, ...).
+"""Three heads for all methods: projection, prediction, prototypes, with the loss that prototypes are trained by.
 
-A head sees all views in one call, view after view, so that batch normalisation sees them as the encoder's does.
+Input and output are (V, B, ...). A head sees all views in one call, view after view, so that batch normalisation sees
+them as the encoder's does.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hf_ssl_or.methods.terms import full_precision
 
 
 class ProjectionHead(nn.Module):
@@ -69,7 +72,8 @@ class PredictionHead(ProjectionHead):
 class PrototypeHead(nn.Module):
     """Cosine similarities to K learned prototypes (Caron et al., SwAV, NeurIPS 2020; DINO, ICCV 2021).
 
-    Both inputs and prototypes are scaled to unit length here, so nothing has to be renormalised after a step.
+    Both inputs and prototypes are scaled to unit length here, so nothing has to be renormalised after a step. Always
+    in full precision, as the cosines are divided by temperatures that would make errors 10 to 25 times as large.
 
     Args:
         in_features: Width D of the input.
@@ -81,6 +85,45 @@ class PrototypeHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(prototypes, in_features))
         nn.init.trunc_normal_(self.weight, std=in_features**-0.5)
 
-    def forward(self, z_VBD: Tensor) -> Tensor:
-        """Maps (V, B, D) to similarities (V, B, K) in [-1, 1]."""
-        return F.linear(F.normalize(z_VBD, dim=-1), F.normalize(self.weight, dim=-1))
+    def forward(self, z_VBD: Tensor, *, frozen: bool = False) -> Tensor:
+        """Maps (V, B, D) to similarities (V, B, K) in [-1, 1].
+
+        Args:
+            z_VBD: Projections, of any length.
+            frozen: Give the prototypes a gradient of zeros. (None at all would make data parallelism wait for it.)
+        """
+        weight_KD = self.weight.view_as(self.weight)  # a hook on the parameter itself would outlive this call
+        if frozen and weight_KD.requires_grad:
+            weight_KD.register_hook(torch.zeros_like)
+        return _cosines(z_VBD, weight_KD)
+
+
+@full_precision
+def _cosines(z_VBD: Tensor, weight_KD: Tensor) -> Tensor:
+    return F.linear(F.normalize(z_VBD, dim=-1), F.normalize(weight_KD, dim=-1))
+
+
+@full_precision
+def swapped_cross_entropy(scores_SBK: Tensor, targets_VBK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Each view's assignment to prototypes predicts that of the other views (SwAV, eq. 1; DINO, eq. 3).
+
+    The mean over images and pairs (u < V, v < S, v != u) of -sum_k t_uk log softmax(s_v / temperature)_k. As each
+    target sums to 1, that is log sum exp(s_v / temperature) - t_u . s_v / temperature, and the pairs' products are
+    (sum_u t_u) . (sum_v s_v) - sum_u t_u . s_u: cost S, not V S.
+
+    Args:
+        scores_SBK: Similarities of S views, of which the first V have targets and the rest (local views) have not.
+        targets_VBK: Distributions over the K prototypes, without gradient.
+        temperature: Divides the scores.
+
+    Returns:
+        The loss, and the mean entropy of the targets, the smallest value that the loss can take. Both are means over
+        images, so those of shards can be averaged.
+    """
+    views, images = targets_VBK.shape[:2]
+    logits_SBK = scores_SBK / temperature
+    products = (targets_VBK.sum(0) * logits_SBK.sum(0)).sum() - (targets_VBK * logits_SBK[:views]).sum()
+    normalisers_SB = logits_SBK.logsumexp(-1)
+    total = views * normalisers_SB.sum() - normalisers_SB[:views].sum() - products
+    entropy = torch.special.entr(targets_VBK).sum(-1).mean()
+    return total / (views * (len(scores_SBK) - 1) * images), entropy

@@ -19,6 +19,7 @@ class FeatureQueue(nn.Module):
         size: Q, how many features are kept; a multiple of `batch_size`.
         dim: D, their width.
         batch_size: N, how many features each push brings.
+        views: V for one queue per view, with one position: `features_QD` is then (V, Q, D).
         name: Name of the setting that gave `size`, for the error.
 
     Raises:
@@ -28,23 +29,35 @@ class FeatureQueue(nn.Module):
     features_QD: Tensor
     position: Tensor
 
-    def __init__(self, size: int, dim: int, batch_size: int, *, name: str = "queue_size") -> None:
+    def __init__(
+        self, size: int, dim: int, batch_size: int, *, views: int | None = None, name: str = "queue_size"
+    ) -> None:
         super().__init__()
         if size < batch_size or size % batch_size:
-            raise InputError(f"method.{name}: {size} is not a multiple of training.batch_size, {batch_size}")
-        self.register_buffer("features_QD", F.normalize(torch.randn(size, dim), dim=-1))
+            near = max(1, round(size / batch_size)) * batch_size
+            raise InputError(
+                f"method.{name}: {size} is not a multiple of training.batch_size, {batch_size}; {near} would be"
+            )
+        shape = (size, dim) if views is None else (views, size, dim)
+        self.register_buffer("features_QD", F.normalize(torch.randn(shape), dim=-1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def push(self, features_ND: Tensor) -> None:
-        """Replaces the oldest features by those of the global batch."""
-        size, images = len(self.features_QD), len(features_ND)
+        """Replaces the oldest features by those of the global batch: (N, D), or (V, N, D) for a queue per view."""
+        size, images = self.features_QD.shape[-2], features_ND.shape[-2]
         places = (self.position + torch.arange(images, device=self.position.device)) % size
-        self.features_QD.index_copy_(0, places, features_ND.to(self.features_QD.dtype))
+        self.features_QD.index_copy_(-2, places, features_ND.to(self.features_QD.dtype))
         self.position.add_(images).remainder_(size)
+
+    @torch.no_grad()
+    def unit(self, features: Tensor) -> Tensor:
+        """Scales features (..., D) to unit length, in the queue's precision."""
+        return F.normalize(features.to(self.features_QD.dtype), dim=-1)
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
         """Gives for every row of (..., D) the unit vector of the queue with the largest cosine, (..., D)."""
-        unit = F.normalize(features, dim=-1).to(self.features_QD.dtype)
-        return self.features_QD[(unit @ self.features_QD.T).argmax(-1)]
+        with torch.autocast(features.device.type, enabled=False):  # in half precision many would be as near
+            cosines = self.unit(features) @ self.features_QD.T
+        return self.features_QD[cosines.argmax(-1)]

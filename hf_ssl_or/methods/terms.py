@@ -90,6 +90,26 @@ def negative_cosine(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     return -(F.normalize(p_VND, dim=-1) * others_VND).sum(-1).mean()
 
 
+def contrast(query_VBD: Tensor, key_VND: Tensor, temperature: float, first: int = 0) -> Tensor:
+    """InfoNCE of queries against the keys of another view: which of its N images is the query's?
+
+    The mean over ordered pairs (v, u != v) and images of the cross-entropy of cos(query_vb, key_un) / temperature over
+    the N keys of view u. Two views with other projections as keys are half of MoCo v3's loss (ICCV 2021, alg. 1).
+
+    Args:
+        query_VBD: Queries, of any length; all of the global batch's or this process's.
+        key_VND: Keys of the global batch, of any length.
+        temperature: Above 0.
+        first: Place among the N images of the queries' first image.
+    """
+    views, images = query_VBD.shape[:2]
+    query_VBD, key_VND = F.normalize(query_VBD, dim=-1) / temperature, F.normalize(key_VND, dim=-1)
+    others_OVND = torch.stack([key_VND.roll(-shift, 0) for shift in range(1, views)])
+    similarities = (query_VBD @ others_OVND.mT).flatten(0, 2)
+    places_B = torch.arange(first, first + images, device=key_VND.device)
+    return F.cross_entropy(similarities, places_B.repeat(views * (views - 1)))
+
+
 def info_nce(z_VND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE with every other view of the image as a positive, and all views of other images as negatives.
 

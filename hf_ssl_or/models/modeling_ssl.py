@@ -66,6 +66,7 @@ class SSLModel(SSLPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = True,
         return_dict: bool | None = None,
+        kept_patches: Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
         """Encodes images.
 
@@ -75,17 +76,21 @@ class SSLModel(SSLPreTrainedModel):
             interpolate_pos_encoding: Take images of other sizes than `config.image_size`. A ResNet takes any size; a
                 ViT resamples its position embeddings, or refuses with False.
             return_dict: False gives a tuple.
+            kept_patches: Indices (B, kept) of the patches that a ViT sees of each image, row by row from the top left,
+                in any order; None for all. Its class token and the like stay, and patches keep their positions.
 
         Returns:
             `pooler_output` (B, hidden_size); `last_hidden_state` (B, hidden_size, H', W') of a ResNet, or
             (B, tokens, hidden_size) of a ViT after its last norm; `hidden_states` are before that norm.
 
         Raises:
-            ValueError: A ViT cannot take images of this size.
+            ValueError: A ViT cannot take images of this size, or a choice of patches cannot be made.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embed(pixel_values.to(self.dtype), interpolate_pos_encoding)
+        if kept_patches is not None:
+            x = self.keep_patches(x, kept_patches)
         hidden_states = [x] if output_hidden_states else []
         for stage in self.stages():
             for block in stage:
@@ -102,6 +107,10 @@ class SSLModel(SSLPreTrainedModel):
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """Runs what comes before the first block."""
         raise NotImplementedError
+
+    def keep_patches(self, x: Tensor, kept_patches: Tensor) -> Tensor:
+        """Keeps some of the patches of `embed`'s output, where it has patches."""
+        raise ValueError(f"kept_patches: {self.config.architecture} takes whole images, it has no patches")
 
     def stages(self) -> Iterable[Iterable[Any]]:
         """Gives the blocks of each stage."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_ssl import SSLViTConfig
@@ -32,6 +32,15 @@ class SSLViTModel(SSLModel):
         tokens = net._pos_embed(net.patch_embed(pixel_values))
         return net.norm_pre(net.patch_drop(tokens))
 
+    def keep_patches(self, x: Tensor, kept_patches: Tensor) -> Tensor:
+        """Gives the prefix tokens and the patches of indices (B, kept): (B, prefix + kept, hidden_size)."""
+        if kept_patches.dim() != 2 or len(kept_patches) != len(x):
+            raise ValueError(f"kept_patches: expected shape ({len(x)}, kept), not {tuple(kept_patches.shape)}")
+        if not isinstance(self.timm_model.patch_drop, nn.Identity):
+            raise ValueError("kept_patches: patch_drop_rate has dropped others; leave it at 0")
+        prefix, patches = x.tensor_split([self.timm_model.num_prefix_tokens], dim=1)
+        return torch.cat([prefix, torch.take_along_dim(patches, kept_patches[..., None], dim=1)], dim=1)
+
     def stages(self) -> Iterable[Iterable[Any]]:
         """Gives the transformer blocks, each as a stage of its own."""
         return [[block] for block in self.timm_model.blocks]
@@ -49,7 +58,10 @@ class SSLViTModel(SSLModel):
         net, patch = self.timm_model, self.config.patch_size
         states: Any = output.hidden_states
         patches = net.norm(states[index])[:, net.num_prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, (size[0] // patch, size[1] // patch)).contiguous()
+        grid = size[0] // patch, size[1] // patch
+        if patches.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"a feature map wants all {grid[0] * grid[1]} patches, not {patches.shape[1]} kept ones")
+        return patches.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
 class SSLViTForImageClassification(SSLForImageClassification):

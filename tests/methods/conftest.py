@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -39,5 +42,14 @@ def tiny_encoder() -> Callable[..., TinyEncoder]:
     def make(batch_norm: bool = True, seed: int = 0) -> TinyEncoder:
         torch.manual_seed(seed)
         return TinyEncoder(batch_norm)
+
+    return make
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., SSLViTModel]:
+    def make(batch_norm: bool = False, seed: int = 0) -> SSLViTModel:
+        torch.manual_seed(seed)
+        return create_encoder("vit_tiny", image_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2)
 
     return make

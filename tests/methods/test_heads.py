@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead, PrototypeHead
+from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead, PrototypeHead, swapped_cross_entropy
 
 
 def kinds(head):
@@ -54,3 +54,48 @@ def test_prototypes_give_cosines():
     with torch.no_grad():
         head.weight *= 3
     torch.testing.assert_close(head(z_VBD * 2), expected)
+
+
+def test_frozen_prototypes_get_a_gradient_of_zeros_and_their_input_the_usual_one():
+    head = PrototypeHead(4, 7)
+    z_VBD = torch.randn(2, 5, 4, requires_grad=True)
+    gradients = {}
+    for frozen in (True, False, True):  # no hook outlives its call
+        scores_VBK = head(z_VBD, frozen=frozen)
+        gradients[frozen] = torch.autograd.grad(scores_VBK.square().sum(), [head.weight, z_VBD])
+    assert not gradients[True][0].any() and gradients[False][0].any()
+    assert torch.equal(gradients[True][1], gradients[False][1]) and gradients[True][1].any()
+    with torch.no_grad():
+        assert torch.equal(head(z_VBD, frozen=True), head(z_VBD))
+
+
+def test_cosines_are_exact_under_autocast():
+    head = PrototypeHead(64, 7)
+    z_VBD = torch.randn(2, 5, 64).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores_VBK = head(z_VBD)
+    assert scores_VBK.dtype == torch.float32
+    torch.testing.assert_close(scores_VBK, head(z_VBD.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("views", "local"), [(2, 0), (2, 1), (3, 0), (4, 3), (1, 2)])
+def test_swapped_cross_entropy_is_the_mean_over_pairs(views, local):
+    torch.manual_seed(views)
+    scores_SBK = torch.randn(views + local, 6, 9, dtype=torch.float64, requires_grad=True)
+    targets_VBK = torch.randn(views, 6, 9, dtype=torch.float64).softmax(-1)
+    loss, entropy = swapped_cross_entropy(scores_SBK, targets_VBK, 0.1)
+    pairs = [
+        -(targets_VBK[u] * (scores_SBK[v] / 0.1).log_softmax(-1)).sum(-1).mean()
+        for u in range(views)
+        for v in range(views + local)
+        if v != u
+    ]
+    expected = torch.stack(pairs).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = torch.autograd.grad(loss, scores_SBK), torch.autograd.grad(expected, scores_SBK)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(entropy, -(targets_VBK * targets_VBK.log()).sum(-1).mean())
+    exact, _ = swapped_cross_entropy(
+        (0.1 * targets_VBK.log())[:1].repeat(3, 1, 1), targets_VBK[:1].repeat(2, 1, 1), 0.1
+    )
+    torch.testing.assert_close(exact, -(targets_VBK[0] * targets_VBK[0].log()).sum(-1).mean())  # entropy is the least

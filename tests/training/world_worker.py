@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from small_methods import small_settings
 
 from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.methods import available_methods
+from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
 
@@ -17,14 +18,23 @@ STEPS = 5
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Large steps in float64 alone: in float32 a ReLU that rounding switches over is a jump, which they blow up.
 LEARNING_RATE = {torch.float32: 0.001, torch.float64: 0.02}
+# Also with statistics per view: one method without and one with local views.
+CASES = [*((name, "global") for name in available_methods()), ("byol", "per_view"), ("dino", "per_view")]
+RESNET = {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16], "model_args": {"layers": [1, 1, 1, 1]}}
+VIT = {"name": "vit_tiny", "patch_size": 4, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}}
 
 
-def recipe_of(method: str, accumulation: int, batch_norm: str = "global") -> dict:
+def recipe_of(name: str, accumulation: int, batch_norm: str, learning_rate: float) -> dict:
+    method = get_method(name)
+    views = {"count": 3}
+    if method.takes_local_views:
+        views |= {"local_count": 2, "local_specs": [{"size": 8, "crop_scale": [0.1, 0.4]}]}
     return {
-        "data": {"dataset": "shapes", "image_size": 32, "shapes_train": 64, "shapes_test": 0},
-        "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16]},
-        "method": {"name": method},
-        "views": {"count": 3},
+        "data": {"dataset": "shapes", "image_size": 16, "shapes_train": 64, "shapes_test": 0},
+        "encoder": VIT if method.needs_patches else RESNET,
+        "method": {"name": name, **small_settings(name)},
+        "feature_whitening": {"weight": 0.01},
+        "views": views,
         "orthogonality": {"penalty": "so", "weight": 1e-3},
         "training": {
             "batch_size": 16,
@@ -33,15 +43,13 @@ def recipe_of(method: str, accumulation: int, batch_norm: str = "global") -> dic
             "batch_norm": batch_norm,
             "max_grad_norm": 5.0,
             "device": "cpu",
-            "optimizer": {"name": "sgd"},
+            "optimizer": {"name": "sgd", "lr": learning_rate},
         },
     }
 
 
-def train(method: str, accumulation: int, batch_norm: str, folder: Path, dtype: torch.dtype):
-    tree = recipe_of(method, accumulation, batch_norm)
-    tree["training"]["optimizer"]["lr"] = LEARNING_RATE[dtype]
-    recipe = recipe_from_dict(tree)
+def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: torch.dtype):
+    recipe = recipe_from_dict(recipe_of(name, accumulation, batch_norm, LEARNING_RATE[dtype]))
     images = load_images(recipe.data, "train")
     torch.set_default_dtype(dtype)  # weights of the method are made in it
     try:
@@ -51,19 +59,20 @@ def train(method: str, accumulation: int, batch_norm: str, folder: Path, dtype: 
     losses = []
     for batch in trainer.loader.batches(0, STEPS):
         batch.views_VBCHW = batch.views_VBCHW.to(dtype)
+        if batch.local_views_VBCHW is not None:
+            batch.local_views_VBCHW = batch.local_views_VBCHW.to(dtype)
         losses.append(trainer.training_step(batch).loss.detach())
-    state = {name: value.contiguous().clone() for name, value in trainer.method.state_dict().items()}
+    state = {key: value.contiguous().clone() for key, value in trainer.method.state_dict().items()}
     return {"losses": torch.stack(losses), **state}, trainer.accelerator.is_main_process
 
 
 def main(folder: str, accumulation: str) -> None:
     torch.set_num_threads(1)
     for dtype_name, dtype in DTYPES.items():
-        for method in available_methods():
-            for batch_norm in ("global", "per_view") if method == "byol" else ("global",):
-                result, is_main = train(method, int(accumulation), batch_norm, Path(folder) / "run", dtype)
-                if is_main:
-                    save_file(result, Path(folder) / f"{method}-{batch_norm}-{dtype_name}.safetensors")
+        for name, batch_norm in CASES:
+            result, is_main = train(name, int(accumulation), batch_norm, Path(folder) / "run", dtype)
+            if is_main:
+                save_file(result, Path(folder) / f"{name}-{batch_norm}-{dtype_name}.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""DCL (Yeh et al., ECCV 2022): SimCLR without the positive in the denominator, so that small batches do.
+
+With s(a, b) = cos(a, b) / temperature, view v of image n as anchor and view u of it as positive:
+
+    l(v, u, n) = -s(z_vn, z_un) + log sum_{w, m != n} exp s(z_vn, z_wm)
+
+and the loss is the mean of l over images and ordered pairs v != u. The negatives do not depend on u, and s is linear
+in the unit vector of u, so the mean over u is that of the anchor with the mean of the other views' unit vectors: the
+positives cost V. At V = 2 the negatives are both views of the other images: the published eq. 6, averaged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.terms import full_precision, mean_of_others
+from hf_ssl_or.settings import settings
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
+
+
+@settings
+class Config(ProjectorConfig):
+    """Settings of DCL.
+
+    Attributes:
+        temperature: Divides the cosines.
+    """
+
+    projector_hidden: int = 512  # lightly, CIFAR: the width of ResNet-18's features
+    projector_dim: int = 128  # lightly, CIFAR
+    projector_layers: int = 2
+    temperature: float | int = 0.1  # lightly, CIFAR
+
+    def validate_ranges(self) -> None:
+        """Checks that the temperature makes sense."""
+        require_positive(self, "temperature")
+
+
+def negatives(unit_VND: Tensor, temperature: float) -> Tensor:
+    """Gives log sum exp s(z_vn, z_wm) over all views w of the other images m, for unit vectors: (V, N)."""
+    views, images = unit_VND.shape[:2]
+    z_MD = unit_VND.flatten(0, 1) * temperature**-0.5
+    same_image = torch.eye(images, dtype=torch.bool, device=z_MD.device).repeat(views, views)
+    return (z_MD @ z_MD.T).masked_fill_(same_image, -torch.inf).logsumexp(1).view(views, images)
+
+
+@full_precision
+def dcl_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
+    unit_VND = F.normalize(z_VND, dim=-1)
+    cosine = (unit_VND * mean_of_others(unit_VND)).sum(-1).mean()
+    return negatives(unit_VND, temperature).mean() - cosine / temperature, {"positive_cosine": cosine}
+
+
+class Method(ProjectionMethod):
+    """DCL for any number of views."""
+
+    config_class = Config
+    views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # as SimCLR's
+    citation = """@inproceedings{yeh2022decoupled,
+  title = {Decoupled Contrastive Learning},
+  author = {Yeh, Chun-Hsiao and Hong, Cheng-Yao and Hsu, Yen-Chi and Liu, Tyng-Luh and Chen, Yubei and LeCun, Yann},
+  booktitle = {European Conference on Computer Vision},
+  year = {2022}
+}"""
+
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compares the projections of the views."""
+        return dcl_loss(z_VND, self.config.temperature)

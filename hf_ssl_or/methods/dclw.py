@@ -1,0 +1,62 @@
+"""DCLW (Yeh et al., ECCV 2022): DCL that pulls more on the positive pairs that are still far apart.
+
+With s(a, b) = cos(a, b) / temperature, view v of image n as anchor and view u of it as positive:
+
+    l(v, u, n) = -w(v, u, n) s(z_vn, z_un) + log sum_{w, m != n} exp s(z_vn, z_wm)
+    w(v, u, n) = 2 - exp(cos(z_vn, z_un) / sigma) / mean_m exp(cos(z_vm, z_um) / sigma)
+
+and the loss is the mean of l over images and ordered pairs v != u. The weights, negated von Mises-Fisher densities,
+have no gradient; those of one pair of views have mean 1 over the global batch. Each pair of views has weights of its
+own, so V = 2 is the published loss. As in DCL all pairs share one matrix of similarities.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_ssl_or.methods import dcl
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.terms import full_precision
+from hf_ssl_or.settings import settings
+from hf_ssl_or.structures import MultiViewBatch
+
+
+@settings
+class Config(dcl.Config):
+    """Settings of DCLW.
+
+    Attributes:
+        sigma: Divides the cosines in the weights; the smaller, the more the weights differ.
+    """
+
+    sigma: float | int = 0.5  # lightly, CIFAR
+
+    def validate_sigma(self) -> None:
+        """Checks that sigma makes sense."""
+        require_positive(self, "sigma")
+
+
+@full_precision
+def dclw_loss(z_VND: Tensor, temperature: float, sigma: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
+    views, images = z_VND.shape[:2]
+    unit_VND = F.normalize(z_VND, dim=-1)
+    cosine_VUN = torch.einsum("vnd,und->vun", unit_VND, unit_VND)
+    weight_VUN = 2 - images * (cosine_VUN.detach() / sigma).softmax(-1)
+    pairs = 1 - torch.eye(views, dtype=z_VND.dtype, device=z_VND.device)[..., None]
+    share = pairs / (views * (views - 1) * images)
+    positives = (share * weight_VUN * cosine_VUN).sum() / temperature
+    loss = dcl.negatives(unit_VND, temperature).mean() - positives
+    return loss, {"positive_cosine": (share * cosine_VUN).sum()}
+
+
+class Method(dcl.Method):
+    """DCLW for any number of views."""
+
+    config_class = Config
+
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compares the projections of the views."""
+        return dclw_loss(z_VND, self.config.temperature, self.config.sigma)

@@ -1,0 +1,123 @@
+"""MoCo v2 (Chen et al., 2020): each view finds its image's key among a queue of keys of earlier images.
+
+With q_v the projections of view v, k_u those of a momentum teacher for view u, both of unit length, and a queue Q_v of
+keys of earlier batches:
+
+    l(v, u, n) = -log( exp(q_vn k_un / T) / (exp(q_vn k_un / T) + sum_{k in Q_v} exp(q_vn k / T)) )
+
+and the loss is the mean of l over images and ordered pairs v != u, the symmetric form of solo-learn's MoCo v2+. All
+pairs of a query share its negatives, so the queues, which are what costs, are compared V times, not V (V - 1) times.
+Q_v takes each batch's keys from one other view, and from the others in turn: negatives come from the same views as
+positives, so augmentations that differ cannot tell them apart. With V = 2 each query's queue holds the keys of the
+view that its positives come from, which is the published loss. `symmetric: false` keeps view 0 as the only query: the
+original MoCo v2, at half the cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.queue import FeatureQueue
+from hf_ssl_or.methods.terms import full_precision, global_mean
+from hf_ssl_or.settings import settings
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+
+@settings
+class Config(MomentumConfig):
+    """Settings of MoCo v2.
+
+    Attributes:
+        temperature: Divides the cosines.
+        queue_size: Q, how many keys each query has as negatives; a multiple of the batch size.
+        symmetric: Whether every view is a query; otherwise only the first one is.
+    """
+
+    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_dim: int = 256  # solo-learn, CIFAR; the paper: 128
+    momentum: float | int = 0.99  # solo-learn, CIFAR; the paper: 0.999 throughout
+    final_momentum: float | int = 0.999  # solo-learn, CIFAR
+    temperature: float | int = 0.2  # the paper; solo-learn, CIFAR
+    queue_size: int = 65536  # the paper; solo-learn, CIFAR: 32768
+    symmetric: bool = True  # solo-learn; the paper: False
+
+    def validate_ranges(self) -> None:
+        """Checks that the temperature and the queue make sense."""
+        require_positive(self, "temperature", "queue_size")
+
+
+@full_precision
+def moco_v2_loss(q_VBD: Tensor, key_VOBD: Tensor, queue_VQD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Gives the loss and the mean cosine of positive pairs; means over images, so shards can be averaged.
+
+    Args:
+        q_VBD: Queries, of any length.
+        key_VOBD: For each query the keys of the other views, of unit length.
+        queue_VQD: For each view of queries its negatives, of unit length.
+        temperature: Above 0.
+    """
+    q_VBD = F.normalize(q_VBD, dim=-1) / temperature
+    positives_VOB = (q_VBD[:, None] * key_VOBD).sum(-1)
+    negatives_VB = (q_VBD @ queue_VQD.mT).logsumexp(-1)
+    return F.softplus(negatives_VB[:, None] - positives_VOB).mean(), positives_VOB.detach().mean() * temperature
+
+
+class Method(MomentumMethod):
+    """MoCo v2 for any number of views."""
+
+    config_class = Config
+    views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4, blur=0.5),)  # solo-learn, CIFAR
+    order_of_views_matters = True  # each view has a queue of its own
+    citation = """@article{chen2020improved,
+  title = {Improved Baselines with Momentum Contrastive Learning},
+  author = {Chen, Xinlei and Fan, Haoqi and Girshick, Ross and He, Kaiming},
+  journal = {arXiv preprint arXiv:2003.04297},
+  year = {2020}
+}"""
+
+    fresh_VND: Tensor  # this step's keys, until they are pushed
+
+    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.queries = self.num_views if config.symmetric else 1
+        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size, views=self.queries)
+
+    def build_projector(self) -> nn.Module:
+        """Builds the projector, without batch normalisation."""
+        config = self.config
+        return ProjectionHead(
+            self.feature_size,
+            config.projector_hidden,
+            config.projector_dim,
+            layers=config.projector_layers,
+            norm=False,
+        )
+
+    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+        """Compares each query with the keys of the other views and with its queue."""
+        q_VBD = self.projector(self.encode(batch.views_VBCHW[: self.queries]))
+        key_VOBD = self.keys(batch.views_VBCHW)
+        self.fresh_VND = gather_batch(key_VOBD[:, batch.step % key_VOBD.shape[1]], dim=1)
+        loss, cosine = moco_v2_loss(q_VBD, key_VOBD, self.queue.features_QD, self.config.temperature)
+        loss, cosine = global_mean(torch.stack([loss, cosine]))
+        return self.output(loss, {"positive_cosine": cosine}, q_VBD)
+
+    def keys(self, views_VBCHW: Tensor) -> Tensor:
+        """Gives for each query the teacher's keys of the other views, from the next one on: (queries, V - 1, B, D)."""
+        if not self.config.symmetric:
+            return self.queue.unit(self.targets(views_VBCHW[1:]))[None]
+        key_VBD = self.queue.unit(self.targets(views_VBCHW))
+        return torch.stack([key_VBD.roll(-shift, 0) for shift in range(1, self.num_views)], dim=1)
+
+    def on_step_end(self, step: int, total_steps: int) -> None:
+        """Moves the teacher and pushes this step's keys."""
+        super().on_step_end(step, total_steps)
+        self.queue.push(self.fresh_VND)

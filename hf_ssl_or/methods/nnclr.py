@@ -1,0 +1,105 @@
+"""NNCLR (Dwibedi et al., ICCV 2021): an image's positive is its nearest neighbour among earlier images.
+
+With z_v the projections of view v, p_u the predictions of view u, and nn(z) the feature with the largest cosine in a
+queue of projections of earlier batches, which gets no gradient:
+
+    l(v, u, n) = -log( exp(cos(nn(z_vn), p_un) / T) / sum_m exp(cos(nn(z_vn), p_um) / T) )
+
+and the loss is the mean of l over images and ordered pairs v != u; V = 2 is the published mean of both directions. As
+published, the queue takes the projections of one view, the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
+from hf_ssl_or.methods.queue import FeatureQueue
+from hf_ssl_or.methods.terms import contrast, full_precision, negative_cosine
+from hf_ssl_or.settings import settings
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+
+@settings
+class Config(ProjectorConfig):
+    """Settings of NNCLR.
+
+    Attributes:
+        predictor_hidden: Width of the predictor's hidden layer.
+        temperature: Divides the cosines.
+        queue_size: Q, among how many earlier images neighbours are sought; a multiple of the batch size.
+    """
+
+    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_dim: int = 256  # the paper; solo-learn, CIFAR
+    projector_layers: int = 3  # the paper; solo-learn
+    predictor_hidden: int = 4096  # the paper; solo-learn, CIFAR
+    temperature: float | int = 0.2  # solo-learn, CIFAR; the paper: 0.1
+    queue_size: int = 65536  # solo-learn, CIFAR; the paper: 98304
+
+    def validate_ranges(self) -> None:
+        """Checks that sizes and the temperature make sense."""
+        require_positive(self, "predictor_hidden", "temperature", "queue_size")
+
+
+@full_precision
+def nnclr_loss(p_VND: Tensor, neighbour_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gives the loss, and the mean cosine of positive pairs, from the predictions of the global batch."""
+    cosine = -negative_cosine(p_VND, neighbour_VND)
+    return contrast(neighbour_VND, p_VND, temperature), {"positive_cosine": cosine}
+
+
+class Method(ProjectionMethod):
+    """NNCLR for any number of views."""
+
+    config_class = Config
+    views = (  # solo-learn, CIFAR: asymmetric
+        ViewSpec(crop_scale=(0.08, 1.0)),
+        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
+    )
+    citation = """@inproceedings{dwibedi2021little,
+  title = {With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations},
+  author = {Dwibedi, Debidatta and Aytar, Yusuf and Tompson, Jonathan and Sermanet, Pierre and Zisserman, Andrew},
+  booktitle = {International Conference on Computer Vision},
+  year = {2021}
+}"""
+
+    fresh_ND: Tensor  # this step's projections, until they are pushed
+
+    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
+        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
+
+    def build_projector(self) -> nn.Module:
+        """Builds the projector, with batch normalisation (here with scale and shift, as published) at its end."""
+        config = self.config
+        head = ProjectionHead(
+            self.feature_size,
+            config.projector_hidden,
+            config.projector_dim,
+            layers=config.projector_layers,
+            last_norm=True,
+        )
+        head.mlp[-1] = nn.BatchNorm1d(config.projector_dim)
+        return head
+
+    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+        """Compares the neighbours of each view with the predictions of the others."""
+        z_VBD = self.projector(self.encode(batch.views_VBCHW))
+        p_VBD = self.predictor(z_VBD)
+        own = torch.cat([self.queue.nearest(z_VBD), self.queue.unit(z_VBD[:1])])
+        gathered = gather_batch(own, dim=1)
+        neighbour_VND, self.fresh_ND = gathered[:-1], gathered[-1]
+        loss, terms = nnclr_loss(gather_batch(p_VBD, dim=1), neighbour_VND, self.config.temperature)
+        return self.output(loss, terms, p_VBD)
+
+    def on_step_end(self, step: int, total_steps: int) -> None:
+        """Pushes this step's projections of the first view."""
+        self.queue.push(self.fresh_ND)
