@@ -12,6 +12,7 @@ import hashlib
 import numpy as np
 import torch
 
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd constant of the splitmix64 stream (Steele et al., OOPSLA 2014)
 
 
@@ -50,6 +51,41 @@ def keyed_uniform(counter: np.ndarray, slots: int, *key: int | str) -> np.ndarra
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
     return x ^ (x >> np.uint64(31))
+
+
+def keyed_orders(index_B: torch.Tensor, views: int, slots: int, *key: int | str) -> torch.Tensor:
+    """Gives each view of each image an order of `slots` things, a function of (key, image, view), on the device.
+
+    Sorts the bits behind the numbers that `keyed_uniform` gives to the images; nothing is read back to the host.
+
+    Args:
+        index_B: Image indices (int64).
+        views: V, the orders that each image gets.
+        slots: S, how many things are ordered.
+        key: The run's seed, the step and so on.
+
+    Returns:
+        Permutations of range(S), int64 of shape (V, B, S).
+    """
+    stream_B = _mix_int64(index_B * _as_int64(_GOLDEN) + hashed_seed(*key))
+    slots_S = torch.arange(1, views * slots + 1, device=index_B.device)
+    bits_BS = _shift(_mix_int64(stream_B[:, None] + slots_S * _as_int64(_GOLDEN)), 11)
+    return bits_BS.unflatten(1, (views, slots)).transpose(0, 1).argsort(-1)
+
+
+def _as_int64(bits: np.uint64) -> int:
+    return int(bits.astype(np.int64))
+
+
+def _mix_int64(x: torch.Tensor) -> torch.Tensor:
+    """The same on int64, which wraps around as uint64 does and is what torch can multiply on every device."""
+    x = (x ^ _shift(x, 30)) * _as_int64(_FIRST)
+    x = (x ^ _shift(x, 27)) * _as_int64(_SECOND)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & (2 ** (64 - bits) - 1)  # without copies of the sign

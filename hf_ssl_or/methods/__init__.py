@@ -8,7 +8,7 @@ from importlib import import_module
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.methods.base import SSLMethod
 
-_SHARED = {"base", "families", "heads", "queue", "teacher", "terms", "whitening"}
+_SHARED = {"base", "decoder", "families", "heads", "queue", "teacher", "terms", "whitening"}
 
 
 def available_methods() -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.methods.base import require_positive
@@ -55,10 +56,11 @@ def auto_beta(dim: int) -> float:
 def barlow_twins_loss(z_VND: Tensor, beta: float, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Gives the loss and its unweighted terms, from the projections of the global batch."""
     views, images = z_VND.shape[:2]
-    x_VND = standardise(z_VND)
+    standard = standardise(z_VND)
     if views == 2:
-        diagonal_VD, off_diagonal = product_split(x_VND[0], x_VND[1])
+        diagonal_VD, off_diagonal = product_split(*standard)
     else:
+        x_VND = torch.stack(standard)
         mean_ND = x_VND.mean(0)
         diagonal_VD = (x_VND * mean_ND).sum(1)
         off_diagonal = product_split(mean_ND, mean_ND)[1]

@@ -18,15 +18,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod, require_positive
+from hf_ssl_or.methods.decoder import Decoder, sine_cosine_positions
 from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
-from hf_ssl_or.randomness import hashed_seed
+from hf_ssl_or.randomness import keyed_orders
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -92,85 +92,6 @@ def number_kept(patches: int, mask_ratio: float) -> int:
     return kept
 
 
-def draw_order(index_B: Tensor, views: int, patches: int, *key: int | str) -> Tensor:
-    """Gives each view of each image an order of its patches, a function of (key, image, view): (views * B, patches).
-
-    Sorts the numbers that `hf_ssl_or.randomness.keyed_uniform` gives to the images, as integers and on the device.
-    """
-    stream_B = _mix(index_B * _GOLDEN + hashed_seed(*key))
-    slots_S = torch.arange(1, views * patches + 1, device=index_B.device)
-    bits_BS = _shift(_mix(stream_B[:, None] + slots_S * _GOLDEN), 11)
-    return bits_BS.unflatten(1, (views, patches)).transpose(0, 1).flatten(0, 1).argsort(-1)
-
-
-_GOLDEN, _FIRST, _SECOND = (bits - 2**64 for bits in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64, which wraps around as uint64 does."""
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & (2 ** (64 - bits) - 1)  # without copies of the sign
-
-
-def sine_cosine_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Gives the paper's fixed positions of a grid: sines and cosines of the column, then of the row."""
-    rates = 10000 ** -(torch.arange(width // 4, device=device) / (width // 4))
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
-    angles = torch.stack([column, row], -1)[..., None] * rates
-    return torch.stack([angles.sin(), angles.cos()], 3).flatten(2).flatten(0, 1)
-
-
-class Decoder(nn.Module):
-    """The transformer that predicts masked patches.
-
-    Args:
-        in_features: Width of the encoder's tokens.
-        out_features: Number of values of a patch.
-        config: The method's settings.
-    """
-
-    def __init__(self, in_features: int, out_features: int, config: Config) -> None:
-        super().__init__()
-        width = config.decoder_width
-        self.embed = nn.Linear(in_features, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.blocks = nn.Sequential(
-            *[Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)]
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.predict = nn.Linear(width, out_features)
-        nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(_initialise)
-
-    def forward(self, tokens_MTF: Tensor, kept_MK: Tensor, masked_ML: Tensor, positions_PD: Tensor) -> Tensor:
-        """Predicts the masked patches: (M, L, out_features).
-
-        Args:
-            tokens_MTF: The encoder's prefix tokens, which get no position here, and its K kept patches.
-            kept_MK: The places of the kept patches.
-            masked_ML: The places of the masked ones.
-            positions_PD: Positions of all patches.
-        """
-        seen = tokens_MTF.shape[1]
-        prefix, kept = self.embed(tokens_MTF).tensor_split([seen - kept_MK.shape[1]], dim=1)
-        sequence = [prefix, kept + positions_PD[kept_MK], self.mask_token + positions_PD[masked_ML]]
-        return self.predict(self.norm(self.blocks(torch.cat(sequence, dim=1))[:, seen:]))
-
-
-def _initialise(module: nn.Module) -> None:
-    """Draws linear layers as the authors' code does."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
 class Method(SSLMethod):
     """MAE for any number of views."""
 
@@ -181,7 +102,7 @@ class Method(SSLMethod):
     views = (ViewSpec(jitter=0.0, grayscale=0.0),)  # the paper; solo-learn, CIFAR: crops from 0.08
     citation = """@inproceedings{he2022masked,
   title = {Masked Autoencoders Are Scalable Vision Learners},
-  author = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\'a}r, Piotr and Girshick, Ross},
+  author = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\\'a}r, Piotr and Girshick, Ross},
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year = {2022}
 }"""
@@ -194,23 +115,29 @@ class Method(SSLMethod):
         number_kept(net.patch_embed.num_patches, config.mask_ratio)
         if not isinstance(net.patch_drop, nn.Identity):
             raise InputError("encoder.model_args: mae chooses the patches itself; leave patch_drop_rate at 0")
-        self.decoder = Decoder(self.feature_size, shape.patch_size**2 * shape.num_channels, config)
+        self.decoder = Decoder(
+            self.feature_size,
+            config.decoder_width,
+            shape.patch_size**2 * shape.num_channels,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+        )
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the masked patches of every view."""
-        images, config, size = batch.views_VBCHW.flatten(0, 1), self.config, self.encoder.config.patch_size
-        patches_MPS = patchify(images, size)
-        patches = patches_MPS.shape[1]
-        order = draw_order(batch.index_B, len(batch.views_VBCHW), patches, batch.seed, batch.step, "mask")
-        kept_MK, masked_ML = order.tensor_split([number_kept(patches, config.mask_ratio)], dim=1)
+        views_VBCHW, config, size = batch.views_VBCHW, self.config, self.encoder.config.patch_size
+        images = views_VBCHW.flatten(0, 1)
+        rows, columns = images.shape[2] // size, images.shape[3] // size
+        order_VBP = keyed_orders(batch.index_B, len(views_VBCHW), rows * columns, batch.seed, batch.step, "mask")
+        kept = number_kept(rows * columns, config.mask_ratio)
+        kept_MK, masked_ML = order_VBP.flatten(0, 1).tensor_split([kept], dim=1)
         tokens_MTF = self.encode_images(images, read="last_hidden_state", kept_patches=kept_MK)
         tokens_MTF = self.encoder.timm_model.fc_norm(tokens_MTF)  # with average pooling the encoder's last norm
-        grid = images.shape[2] // size, images.shape[3] // size
-        positions_PD = sine_cosine_positions(*grid, config.decoder_width, images.device)
+        positions_PD = sine_cosine_positions(rows, columns, config.decoder_width, images.device)
         predictions_MLS = self.decode(tokens_MTF, kept_MK, masked_ML, positions_PD)
-        targets_MLS = torch.take_along_dim(patches_MPS, masked_ML[..., None], dim=1)
+        targets_MLS = torch.take_along_dim(patchify(images, size), masked_ML[..., None], dim=1)
         loss = global_mean(mae_loss(predictions_MLS, targets_MLS, config.normalize_targets))
-        features_VBF = tokens_MTF.mean(1).unflatten(0, batch.views_VBCHW.shape[:2])
+        features_VBF = tokens_MTF.mean(1).unflatten(0, views_VBCHW.shape[:2])
         return self.output(loss, {"reconstruction": loss}, features_VBF)
 
     def decode(self, tokens_MTF: Tensor, kept_MK: Tensor, masked_ML: Tensor, positions_PD: Tensor) -> Tensor:

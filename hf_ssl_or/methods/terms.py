@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,10 +46,9 @@ def mean_of_others(z_VND: Tensor) -> Tensor:
     return (z_VND.sum(0) - z_VND) / (z_VND.shape[0] - 1)
 
 
-def standardise(z_VND: Tensor, eps: float = 1e-5) -> Tensor:
-    """Gives every dimension of every view zero mean and unit (biased) variance over the batch."""
-    var, mean = torch.var_mean(z_VND, dim=1, correction=0, keepdim=True)
-    return (z_VND - mean) * (var + eps).rsqrt()
+def standardise(z_VND: Tensor, eps: float = 1e-5) -> tuple[Tensor, ...]:
+    """Gives for each view (N, D) with zero mean and unit (biased) variance of every dimension over the batch."""
+    return tuple(F.batch_norm(z_ND, None, None, training=True, eps=eps) for z_ND in z_VND)
 
 
 def product_split(a_ND: Tensor, b_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,15 +63,53 @@ def product_split(a_ND: Tensor, b_ND: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The diagonal, (..., D), and the sum of squares off it, (...).
     """
-    if a_ND.shape[-2] < a_ND.shape[-1]:
-        gram_a = a_ND @ a_ND.mT
-        gram_b = gram_a if b_ND is a_ND else b_ND @ b_ND.mT
-        total = torch.linalg.vecdot(gram_a.flatten(-2), gram_b.flatten(-2))
-    else:
-        product = (a_ND.mT @ b_ND).flatten(-2)
-        total = torch.linalg.vecdot(product, product)
-    diagonal_D = (a_ND * b_ND).sum(-2)
-    return diagonal_D, total - diagonal_D.square().sum(-1)
+    split = _SplitByGrams if a_ND.shape[-2] < a_ND.shape[-1] else _SplitByProduct
+    return split.apply(a_ND, b_ND)
+
+
+class _SplitByGrams(torch.autograd.Function):
+    """`product_split` by N x N matrices; they are symmetric, so backward needs half of the products autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, a_ND: Tensor, b_ND: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.same = b_ND is a_ND
+        a_NN = a_ND @ a_ND.mT
+        b_NN = a_NN if ctx.same else b_ND @ b_ND.mT
+        diagonal_D = (a_ND * b_ND).sum(-2)
+        ctx.save_for_backward(a_ND, b_ND, a_NN, b_NN, diagonal_D)
+        total = torch.linalg.vecdot(a_NN.flatten(-2), b_NN.flatten(-2))
+        return diagonal_D, total - diagonal_D.square().sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_D: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor | None]:
+        a_ND, b_ND, a_NN, b_NN, diagonal_D = ctx.saved_tensors
+        scale = 2 * grad_squares[..., None, None]
+        slope_1D = grad_D[..., None, :] - scale * diagonal_D[..., None, :]
+        grad_a = ((scale * b_NN) @ a_ND).addcmul_(b_ND, slope_1D)
+        if ctx.same:
+            return grad_a.mul_(2), None
+        return grad_a, ((scale * a_NN) @ b_ND).addcmul_(a_ND, slope_1D)
+
+
+class _SplitByProduct(torch.autograd.Function):
+    """`product_split` by A^T B; where it is symmetric, backward is one product, where autograd makes two."""
+
+    @staticmethod
+    def forward(ctx: Any, a_ND: Tensor, b_ND: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.same = b_ND is a_ND
+        product_DD = a_ND.mT @ b_ND
+        diagonal_D = product_DD.diagonal(dim1=-2, dim2=-1).clone()
+        product_DD.diagonal(dim1=-2, dim2=-1).zero_()
+        ctx.save_for_backward(a_ND, b_ND, product_DD)
+        return diagonal_D, product_DD.square().sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_D: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor | None]:
+        a_ND, b_ND, product_DD = ctx.saved_tensors
+        grad_DD = 2 * grad_squares[..., None, None] * product_DD
+        grad_DD.diagonal(dim1=-2, dim2=-1).copy_(grad_D)
+        grad_b = a_ND @ grad_DD
+        return (grad_b.mul_(2), None) if ctx.same else (b_ND @ grad_DD.mT, grad_b)
 
 
 def variance_hinge(variance: Tensor, eps: float = 1e-4) -> Tensor:
@@ -124,14 +161,60 @@ def info_nce(z_VND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     Returns:
         The loss, and the mean cosine of positive pairs.
     """
-    views, images = z_VND.shape[:2]
-    z_VND = F.normalize(z_VND, dim=-1) * temperature**-0.5
-    positives_VUN = torch.einsum("vnd,und->vun", z_VND, z_VND)
-    z_MD = z_VND.flatten(0, 1)
-    same_image = torch.eye(images, dtype=torch.bool, device=z_MD.device).repeat(views, views)
-    negatives_VN = (z_MD @ z_MD.T).masked_fill_(same_image, -torch.inf).logsumexp(1).view(views, images)
-    losses_VUN = -F.logsigmoid(positives_VUN - negatives_VN[:, None])
-    pairs = 1 - torch.eye(views, dtype=z_MD.dtype, device=z_MD.device)[..., None]
-    count = views * (views - 1) * images
-    cosine = (positives_VUN.detach() * pairs).sum() * (temperature / count)
-    return (losses_VUN * pairs).sum() / count, cosine
+    positives_VUN, negatives_VN = similarities(z_VND, temperature)
+    loss = mean_of_pairs(-F.logsigmoid(positives_VUN - negatives_VN[:, None]))
+    return loss, mean_of_pairs(positives_VUN.detach()) * temperature
+
+
+def mean_of_pairs(x_VUN: Tensor) -> Tensor:
+    """Means over images and ordered pairs of different views."""
+    views, _, images = x_VUN.shape
+    different_VU = 1 - torch.eye(views, dtype=x_VUN.dtype, device=x_VUN.device)
+    return (x_VUN.sum(-1) * different_VU).sum() / (views * (views - 1) * images)
+
+
+def similarities(z_VND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compares each view of each image with the views of its own image, and with all views of all others.
+
+    Args:
+        z_VND: Embeddings, of any length.
+        temperature: Above 0, divides the cosines to give the similarities s.
+
+    Returns:
+        s(vn, un) for all views v and u, (V, V, N), and the log of the sum over w and m != n of exp s(vn, wm), (V, N).
+    """
+    return _Similarities.apply(z_VND, temperature)
+
+
+class _Similarities(torch.autograd.Function):
+    """By hand, with M = V N: one M x M matrix is kept, and backward is one product of matrices in place of two."""
+
+    @staticmethod
+    def forward(ctx: Any, z_VND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        views, images = z_VND.shape[:2]
+        z_MD = z_VND.flatten(0, 1)
+        scale_M1 = temperature**-0.5 / torch.linalg.vector_norm(z_MD, dim=1, keepdim=True).clamp_min(1e-12)
+        x_MD = z_MD * scale_M1
+        s_MM = x_MD @ x_MD.T
+        positives_VUN = _of_one_image(s_MM, views, images).clone()
+        _of_one_image(s_MM, views, images).fill_(-torch.inf)
+        largest_M1 = s_MM.amax(1, keepdim=True)
+        s_MM.sub_(largest_M1).exp_()
+        total_M1 = s_MM.sum(1, keepdim=True)
+        ctx.save_for_backward(x_MD, scale_M1, s_MM, total_M1)
+        ctx.temperature = temperature
+        return positives_VUN, (largest_M1 + total_M1.log()).view(views, images)
+
+    @staticmethod
+    def backward(ctx: Any, grad_VUN: Tensor, grad_VN: Tensor) -> tuple[Tensor, None]:
+        x_MD, scale_M1, s_MM, total_M1 = ctx.saved_tensors
+        grad_MM = s_MM * (grad_VN.reshape(-1, 1) / total_M1)
+        _of_one_image(grad_MM, *grad_VN.shape).copy_(grad_VUN)
+        grad_MD = (grad_MM + grad_MM.T) @ x_MD
+        along_M1 = ctx.temperature * (grad_MD * x_MD).sum(1, keepdim=True)  # what would only change the length
+        return grad_MD.addcmul_(x_MD, along_M1, value=-1).mul_(scale_M1).view(*grad_VN.shape, -1), None
+
+
+def _of_one_image(s_MM: Tensor, views: int, images: int) -> Tensor:
+    """Views the elements whose row and column are of the same image, (V, V, N)."""
+    return s_MM.view(views, images, views, images).diagonal(dim1=1, dim2=3)
