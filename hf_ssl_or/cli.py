@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +26,13 @@ examples:
   hf-ssl-or train runs/try --resume
   accelerate launch --num_processes 4 -m hf_ssl_or train recipes/cifar10/barlow_twins/resnet18-so.yaml
   hf-ssl-or evaluate runs/try --protocols knn,linear-sgd
+  hf-ssl-or evaluate runs/a runs/b timm:resnet18 --datasets cifar10,gtsrb32 --output transfer
+  hf-ssl-or evaluate runs/try --select rankme --output best
   hf-ssl-or preview recipes/quickstart.yaml views.count=8 --output views.png
+  hf-ssl-or report runs/none runs/so --output report.html
+  hf-ssl-or card runs/try --license apache-2.0 --output model_cards/try
+  hf-ssl-or push runs/try org/name --license apache-2.0
+  hf-ssl-or export runs/try --to timm --output try-timm
   hf-ssl-or list methods
 """
 
@@ -44,6 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
 
+    _add_train(verbs)
+    _add_evaluate(verbs)
+    _add_preview(verbs)
+    _add_report(verbs)
+    _add_card(verbs)
+    _add_push(verbs)
+    _add_export(verbs)
+    _add_list(verbs)
+    return parser
+
+
+def _add_train(verbs: argparse._SubParsersAction) -> None:
     train = _verb(
         verbs,
         "train",
@@ -57,18 +78,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue exactly where the folder's newest checkpoint is"
     )
 
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate = _verb(
         verbs,
         "evaluate",
-        "judge an encoder by kNN and linear probes",
-        "hf-ssl-or evaluate runs/quickstart --protocols knn",
+        "judge encoders by kNN, linear probes and few labels, or choose a checkpoint without labels",
+        "hf-ssl-or evaluate runs/a runs/b random:resnet18@32 --datasets cifar10,cifar100 --output transfer",
     )
-    evaluate.add_argument("encoder", help="a run's folder, an encoder's folder or a Hub id")
-    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.* and evaluation.* settings")
-    evaluate.add_argument("--dataset", help="images to judge on (default: those of the run)")
+    evaluate.add_argument(
+        "encoders",
+        nargs="+",
+        metavar="ENCODER",
+        help="a run's folder, an encoder's folder, a Hub id, timm:NAME or random:NAME (untrained), NAME@64 for images "
+        "of 64 pixels; data.* and evaluation.* settings may follow",
+    )
+    evaluate.add_argument("--dataset", help="images to judge one encoder on (default: those of the run)")
+    evaluate.add_argument("--datasets", help="comma-separated: a table of encoders by data sets, resumed after a kill")
     evaluate.add_argument("--protocols", help="comma-separated names, see hf-ssl-or list protocols")
-    evaluate.add_argument("--output", type=Path, help="where to write the results as JSON")
+    evaluate.add_argument("--select", metavar="MEASURE", help="choose a run's checkpoint by rankme, lidar, ...")
+    evaluate.add_argument("--markdown", action="store_true", help="print the table of --datasets as Markdown")
+    evaluate.add_argument(
+        "--output", type=Path, help="JSON of the results; with --datasets also a folder; with --select the encoder's"
+    )
+    evaluate.set_defaults(overrides=[])
 
+
+def _add_preview(verbs: argparse._SubParsersAction) -> None:
     preview = _verb(
         verbs, "preview", "draw a PNG of augmented views", "hf-ssl-or preview recipes/quickstart.yaml views.count=8"
     )
@@ -77,10 +113,65 @@ def build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--images", type=int, default=8, help="number of images, one per row (default: 8)")
     preview.add_argument("--output", type=Path, default=Path("preview.png"))
 
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    report = _verb(
+        verbs,
+        "report",
+        "draw figures and one HTML page of one or more runs",
+        "hf-ssl-or report runs/none runs/so --output report.html",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, finished or not; up to 10")
+    report.add_argument("--output", type=Path, help="the page (default: RUN/report.html; of several runs report.html)")
+    report.add_argument(
+        "--figures", type=Path, help="folder of the figures (default: RUN/figures; of several, beside the page)"
+    )
+    report.add_argument("--umap", action="store_true", help="also draw features by UMAP (needs umap-learn)")
+
+
+def _add_push(verbs: argparse._SubParsersAction) -> None:
+    push = _verb(
+        verbs,
+        "push",
+        "push a run's encoder to the Hub, with its card and results",
+        "hf-ssl-or push runs/quickstart org/name --private",
+    )
+    push.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has ended")
+    push.add_argument("repository", nargs="?", metavar="org/name", help="where to; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--revision", help="branch to commit to (default: main); made if it is not there")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--message", help="first line of the commit")
+    push.add_argument("--license", help="the model's licence, as the Hub names it, say apache-2.0")
+    push.add_argument("--data-license", help="the licence of the training images, in any words")
+    push.add_argument("--dry-run", action="store_true", help="check everything and list the files, but send nothing")
+    push.add_argument("--resume", action="store_true", help="send what an earlier push could not, and nothing else")
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    export = _verb(
+        verbs, "export", "write an encoder for another library, checked there", "hf-ssl-or export runs/try --to onnx"
+    )
+    export.add_argument("encoder", metavar="RUN_OR_ENCODER", help="a run's folder, an encoder's folder or a Hub id")
+    export.add_argument("--to", required=True, metavar="LIBRARY", help="timm, transformers, torchvision or onnx")
+    export.add_argument("--output", type=Path, help="folder to make (default: <name of the encoder>-<library>)")
+
+
+def _add_card(verbs: argparse._SubParsersAction) -> None:
+    card = _verb(verbs, "card", "write the model card of a run, or a table of runs", "hf-ssl-or card runs/quickstart")
+    card.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several with --table")
+    card.add_argument(
+        "--output", type=Path, help="a .md file, or a folder for the card and what it was made from (default: print)"
+    )
+    card.add_argument("--license", help="the model's licence, as the Hub names it, say apache-2.0")
+    card.add_argument("--data-license", help="the licence of the training images, in any words")
+    card.add_argument("--table", action="store_true", help="a Markdown table that compares the runs, for a README")
+
+
+def _add_list(verbs: argparse._SubParsersAction) -> None:
     listing = _verb(verbs, "list", "list methods, encoders, protocols or recipes", "hf-ssl-or list encoders 'vit_*'")
     listing.add_argument("what", choices=["methods", "encoders", "protocols", "recipes"])
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern (default: all)")
-    return parser
 
 
 def _verb(verbs: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -95,11 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (InputError, NonFiniteLossError, OSError) as error:
+        from hf_ssl_or.hub.secrecy import mask
+
         if show_traceback:
-            traceback.print_exc()
+            print(mask(traceback.format_exc()), file=sys.stderr)
         process = os.environ.get("RANK", "0")
         where = "" if process == "0" else f"[process {process}] "
-        print(f"hf-ssl-or: {where}error: {_one_line(error)}", file=sys.stderr)
+        print(f"hf-ssl-or: {where}error: {mask(_one_line(error))}", file=sys.stderr)
         return EXIT_NON_FINITE if isinstance(error, NonFiniteLossError) else EXIT_BAD_INPUT
 
 
@@ -112,7 +205,16 @@ def _one_line(error: Exception) -> str:
 
 def _dispatch(argv: list[str]) -> int:
     parser = build_parser()
-    verbs = ("train", "evaluate", "preview", "list")
+    verbs = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "preview": _preview,
+        "report": _report,
+        "card": _card,
+        "push": _push,
+        "export": _export,
+        "list": _list,
+    }
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise unknown("verb", argv[0], verbs)
     arguments, rest = parser.parse_known_args(argv)
@@ -126,7 +228,7 @@ def _dispatch(argv: list[str]) -> int:
     if arguments.verb is None:
         parser.print_help()
         return 0
-    return {"train": _train, "evaluate": _evaluate, "preview": _preview, "list": _list}[arguments.verb](arguments)
+    return verbs[arguments.verb](arguments)
 
 
 # The heavy imports (torch, transformers) stay inside the verbs, so that --help and a mistyped verb answer at once.
@@ -147,30 +249,127 @@ def _train(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     if results is not None:
         print_results(results, folder)
+        if recipe.training.push is not None:
+            print((folder / "push.log").read_text(encoding="utf-8").splitlines()[-1])
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.run import evaluate
-    from hf_ssl_or.show import print_evaluation
+    from hf_ssl_or.show import print_choice, print_evaluation, print_transfer
 
-    results = evaluate(
-        arguments.encoder,
-        arguments.overrides,
-        dataset=arguments.dataset,
-        protocols=arguments.protocols.split(",") if arguments.protocols else None,
-        output=arguments.output,
-    )
-    print_evaluation(results)
+    is_setting = re.compile(r"(data|evaluation)\.[\w.]+=").match
+    encoders = [text for text in arguments.encoders if not is_setting(text)]
+    overrides = [text for text in arguments.encoders if is_setting(text)] + arguments.overrides
+    protocols = arguments.protocols.split(",") if arguments.protocols else None
+    _check_evaluate(arguments, encoders)
+    warnings.showwarning = lambda message, *_, **__: print(f"hf-ssl-or: warning: {message}", file=sys.stderr)
+    if arguments.select:
+        from hf_ssl_or.run import select
+
+        print_choice(select(Path(encoders[0]), arguments.select, output=arguments.output), arguments.output)
+    elif arguments.datasets:
+        from hf_ssl_or.run import transfer
+
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        datasets = arguments.datasets.split(",")
+        results = transfer(encoders, datasets, overrides, protocols=protocols, output=arguments.output, report=tell)
+        print_transfer(results, markdown=arguments.markdown)
+    else:
+        from hf_ssl_or.run import evaluate
+
+        print_evaluation(
+            evaluate(encoders[0], overrides, dataset=arguments.dataset, protocols=protocols, output=arguments.output)
+        )
     return 0
 
 
+def _check_evaluate(arguments: argparse.Namespace, encoders: list[str]) -> None:
+    """Refuses options of `evaluate` that do not go together."""
+    if not encoders:
+        raise InputError("evaluate: name an encoder; see hf-ssl-or evaluate --help")
+    if arguments.dataset and arguments.datasets:
+        raise InputError("--dataset, --datasets: give one of them")
+    if arguments.select and (arguments.dataset or arguments.datasets or arguments.protocols or len(encoders) > 1):
+        raise InputError("--select: takes one run, and no data sets or protocols")
+    if not arguments.datasets and len(encoders) > 1:
+        raise InputError("evaluate: several encoders are compared on --datasets; name them")
+    if arguments.markdown and not arguments.datasets:
+        raise InputError("--markdown: goes with --datasets")
+
+
 def _preview(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.data.cache import load_images
     from hf_ssl_or.preview import draw_preview
     from hf_ssl_or.recipe import load_recipe
+    from hf_ssl_or.run import view_specs
 
-    draw_preview(load_recipe(arguments.recipe, arguments.overrides), arguments.output, images=arguments.images)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    images, seed = load_images(recipe.data, recipe.data.train_split), recipe.training.seed
+    draw_preview(images, view_specs(recipe), arguments.output, seed=seed, images=arguments.images)
     print(f"wrote {arguments.output}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.report.html import write_report
+
+    page, figures = write_report(
+        arguments.runs, output=arguments.output, figures=arguments.figures, umap=arguments.umap
+    )
+    print(f"wrote {page} and {len(figures)} files of figures{f' in {figures[0].parent}' if figures else ''}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.hub.push import push_to_hub, resume_pushes
+    from hf_ssl_or.hub.retries import PushKeptError
+
+    if arguments.resume == (arguments.repository is not None):
+        raise InputError("push: name the repository, org/name; with --resume leave it out, it is known")
+    try:
+        if arguments.resume:
+            lines = [result.describe() for result in resume_pushes(arguments.run)]
+            print("\n".join(lines) or f"nothing waits to be pushed for {arguments.run}")
+            return 0
+        stated = {"license": arguments.license, "data_license": arguments.data_license, "message": arguments.message}
+        where = {"private": arguments.private, "revision": arguments.revision, "create_pr": arguments.create_pr}
+        result = push_to_hub(arguments.run, arguments.repository, dry_run=arguments.dry_run, **stated, **where)
+    except PushKeptError as error:
+        if not error.passing:
+            raise
+        print(f"hf-ssl-or: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if arguments.dry_run:
+        print("\n".join(f"{size:>12,}  {path}" for path, size in result.files.items()))
+    print(result.describe())
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.hub.export import export
+
+    print(export(arguments.encoder, arguments.to, arguments.output).describe())
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.hub.card import build_card, comparison_table, write_card
+
+    if arguments.table:
+        text = comparison_table(arguments.runs)
+    elif len(arguments.runs) > 1:
+        raise InputError(f"card: {len(arguments.runs)} runs: give one, or --table to compare them")
+    else:
+        stated = {"license": arguments.license, "data_license": arguments.data_license}
+        if arguments.output is not None:
+            print(f"wrote {', '.join(map(str, write_card(arguments.runs[0], arguments.output, **stated)))}")
+            return 0
+        text = str(build_card(arguments.runs[0], **stated))
+    if arguments.output is not None:
+        arguments.output.write_text(f"{text}\n", encoding="utf-8")
+        print(f"wrote {arguments.output}")
+    else:
+        print(text)
     return 0
 
 

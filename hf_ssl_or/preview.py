@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,34 +11,39 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.recipe import Recipe
-from hf_ssl_or.run import view_specs
+from hf_ssl_or.structures import ViewSpec
 
 TILE = 96  # pixels of a tile's side: small images are enlarged so that a person can see them
 GAP = 4
 
 
-def draw_preview(recipe: Recipe, path: Path, *, images: int = 8) -> None:
-    """Writes a PNG of the recipe's views of some images, drawn with the run's own keys for epoch 0.
+def draw_preview(data: ImageSet, groups: Sequence[list[ViewSpec]], path: Path, *, seed: int, images: int = 8) -> None:
+    """Writes a PNG of the views of some images, drawn with the run's own keys for epoch 0.
 
     Args:
-        recipe: Gives the images and the views.
+        data: The images.
+        groups: Specs of the views and of the smaller local views, see `hf_ssl_or.run.view_specs`.
         path: The PNG.
+        seed: Seed of the run.
         images: How many images to show, one per row.
     """
     if images < 1:
         raise InputError(f"--images: at least 1, not {images}")
-    data = load_images(recipe.data, recipe.data.train_split)
     index_B = np.linspace(0, len(data) - 1, min(images, len(data))).astype(np.int64)
     source = data.batch(torch.from_numpy(index_B), torch.device("cpu"))
     rows = [clean_views(source, data.image_size, (0.0,) * 3, (1.0,) * 3)[None]]
-    for specs in view_specs(recipe):
+    for specs in groups:
         if specs:
             parameters = draw_parameters(
-                specs, seed=recipe.training.seed, epoch=0, index_B=index_B, source_size=source.shape[-1]
+                specs,
+                seed=seed,
+                epoch=0,
+                index_B=index_B,
+                source_size=source.shape[-1],
+                image_size=data.image_size,
             )
             rows.append(render_views(source, parameters, (0.0,) * 3, (1.0,) * 3))
     try:

@@ -41,7 +41,7 @@ class EncoderArguments:
         stem: ResNets: "standard", or "small" (3x3, stride 1, no max-pool) for images of 32-64 pixels.
         patch_size: ViTs: side of a patch in pixels.
         channels: ResNets: channels of each stage, for slimmer or wider nets.
-        init_from: Starts from these weights: a timm name, a Hub id or a folder.
+        init_from: Starts from these weights: a timm name, a Hub id ("org/name", "org/name@revision") or a folder.
         model_args: Further keyword arguments of the timm model.
     """
 
@@ -131,7 +131,7 @@ _NO_INFLUENCE = {
     "data": ("cache", "cache_dir", "num_workers"),
     "training": (
         *("log_every", "monitor_every", "monitor_images", "save_every", "save_steps", "keep_last", "keep_best"),
-        *("trackers", "gradient_accumulation_steps"),
+        *("trackers", "gradient_accumulation_steps", "push", "push_to"),
     ),
 }
 

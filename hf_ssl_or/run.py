@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.sources import list_splits
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
+from hf_ssl_or.evaluation.encoders import load_encoder
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
+from hf_ssl_or.evaluation.labelled import find_dataset, load_labelled
+from hf_ssl_or.evaluation.neighbours import write_samples
 from hf_ssl_or.evaluation.protocols import evaluate_encoder, get_protocol, judge_features
+from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
+from hf_ssl_or.hub.background import push_finished, pushing_checkpoints
+from hf_ssl_or.hub.push import check_destination
+from hf_ssl_or.hub.run_folder import SHARD_SIZE
+from hf_ssl_or.hub.weights import weights_sha256
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from hf_ssl_or.preview import draw_preview
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
 from hf_ssl_or.structures import ViewSpec
+from hf_ssl_or.training.selection import Choice, Sample, select_checkpoint, write_choice
 from hf_ssl_or.training.trainer import Trainer, build_accelerator
 
 PACKAGES = ("hf-ssl-or", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
@@ -65,6 +76,8 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         _claim(run_dir, resume)
+        if recipe.training.push_to is not None:
+            check_destination(recipe.training.push_to)
     accelerator = build_accelerator(recipe.training, run_dir)
     with accelerator.local_main_process_first():  # which decodes the images for the others
         images = load_images(recipe.data, recipe.data.train_split)
@@ -74,8 +87,10 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
     if is_main:
         write_recipe(recipe, run_dir / "recipe.yaml")
+    weights_before = weight_report(trainer.encoder)
     started = time.perf_counter()
-    trainer.train(resume=resume)
+    with _pushing(recipe, trainer, images, run_dir) if is_main else nullcontext():
+        trainer.train(resume=resume)
     seconds = time.perf_counter() - started
     if is_main:
         save_encoder(recipe, trainer, images, run_dir / "encoder")
@@ -86,12 +101,17 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(images)},
         **_judge(recipe, trainer, labelled),
         "weights": weight_report(trainer.encoder),
+        "weights_before": weights_before,
         "baselines": baselines,
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
     if is_main:
+        results["weights_sha256"] = weights_sha256(run_dir / "encoder")
         (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _write_report_material(recipe, trainer, test or images, run_dir)
     trainer.accelerator.end_training()
+    if is_main and recipe.training.push_to is not None:
+        push_finished(run_dir, recipe.training.push_to)
     return results if is_main else None
 
 
@@ -157,19 +177,23 @@ def view_specs(recipe: Recipe) -> tuple[list[ViewSpec], list[ViewSpec]]:
 
 def save_encoder(recipe: Recipe, trainer: Trainer, images: ImageSet, folder: Path) -> None:
     """Writes the folder that `from_pretrained` loads: weights, configuration with provenance, image processor."""
-    encoder = cast(PreTrainedModel, trainer.method.encoder)
-    encoder.config.pretraining = {
+    _write_encoder(recipe, trainer.method.encoder, images, folder, steps=trainer.total_steps)
+
+
+def _write_encoder(recipe: Recipe, encoder: nn.Module, images: ImageSet, folder: Path, *, steps: int) -> None:
+    model = cast(PreTrainedModel, encoder)
+    model.config.pretraining = {
         "method": recipe.method_name,
         "settings": recipe.to_dict()["method"],
         "views": recipe.views.count,
-        "steps": trainer.total_steps,
+        "steps": steps,
         "batch_size": recipe.training.batch_size,
         "dataset": images.name,
         "images": len(images),
         "seed": recipe.training.seed,
         "hf_ssl_or": importlib.metadata.version("hf-ssl-or"),
     }
-    encoder.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     build_image_processor(recipe.data.image_size, images.mean, images.std).save_pretrained(folder)
 
 
@@ -181,36 +205,132 @@ def evaluate(
     protocols: list[str] | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Judges an encoder: a run's folder, an encoder's folder or a Hub id.
+    """Judges one encoder.
 
     Args:
-        encoder: What to judge.
+        encoder: A run's folder, or any name that `evaluation.encoders` knows.
         overrides: `data.*` and `evaluation.*` settings.
         dataset: Images to judge on; None takes those of the run.
         protocols: Names of protocols; None takes those of the run.
         output: Where to write the results.
     """
-    folder = Path(encoder)
-    run_recipe = folder / "recipe.yaml"
+    run_recipe = Path(encoder) / "recipe.yaml"
     is_run = run_recipe.exists()
     if not is_run and dataset is None:
         raise InputError(f"{encoder}: is no run's folder, so say which images to judge on with --dataset")
-    model, mean, std, size = _load_for_evaluation(folder / "encoder" if is_run else folder, encoder)
-    tree: dict[str, Any] = load_recipe(run_recipe).to_dict() if is_run else {"data": {"image_size": size}}
+    frozen = load_encoder(encoder)
+    tree: dict[str, Any] = load_recipe(run_recipe).to_dict() if is_run else {"data": {"image_size": frozen.image_size}}
     if dataset is not None:
-        tree["data"] = {**tree["data"], "dataset": dataset}
+        tree["data"] = {**tree["data"], "dataset": find_dataset(dataset)}
         tree["evaluation_data"] = None
-    chosen = [f"evaluation.protocols=[{', '.join(protocols)}]"] if protocols else []
-    recipe = recipe_from_dict(tree, encoder).override([*overrides, *chosen])
-    labelled = _labelled_images(recipe, None, required=True)
+    recipe = recipe_from_dict(tree, encoder).override([*overrides, *_chosen(protocols)])
+    labelled = load_labelled(recipe.evaluation_data or recipe.data)
     assert labelled is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    judged = evaluate_encoder(model, *labelled, recipe.evaluation, mean=mean, std=std, device=device, image_size=size)
-    results = {"encoder": folder.name if folder.exists() else encoder, **judged, "environment": environment(device, 1)}
+    device = _device()
+    shared: dict[str, Any] = {"mean": frozen.mean or labelled[0].mean, "std": frozen.std or labelled[0].std}
+    judged = evaluate_encoder(
+        frozen.model.to(device), *labelled, recipe.evaluation, device=device, image_size=frozen.image_size, **shared
+    )
+    name = Path(encoder).name if Path(encoder).exists() else encoder
+    results = {"encoder": name, **judged, "environment": environment(device, 1)}
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def transfer(
+    encoders: Sequence[str],
+    datasets: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    protocols: list[str] | None = None,
+    output: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Judges encoders on data sets, see `evaluation.transfer`; the same call goes on where a killed one was.
+
+    Args:
+        encoders: Names as for `evaluate`.
+        datasets: Names of data sets.
+        overrides: `data.*` and `evaluation.*` settings.
+        protocols: Names of protocols; None takes the default ones.
+        output: A `.json` file, or a folder for `results.json` and `table.md`.
+        report: Is told a line about each cell.
+    """
+    recipe = recipe_from_dict({"data": {"dataset": datasets[0], "image_size": 224}}, "evaluate")
+    recipe = recipe.override([*overrides, *_chosen(protocols)])
+    device = _device()
+    results = evaluate_transfer(
+        encoders, datasets, recipe.evaluation, data=recipe.data, device=device, report=report
+    ) | {"environment": environment(device, 1)}
+    if output is not None and output.suffix == ".json":
+        output.write_text(json.dumps(results, indent=2) + "\n")
+    elif output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "table.md").write_text(markdown_table(results))
+    return results
+
+
+def select(run_dir: Path, measure: str, *, output: Path | None = None) -> Choice:
+    """Chooses a checkpoint of a run by a measure, see `training.selection`.
+
+    Args:
+        run_dir: Folder of the run, finished or not.
+        measure: Name of the measure.
+        output: New or empty folder for the chosen encoder, which `from_pretrained` loads, and `selection.json`.
+    """
+    if not (run_dir / "recipe.yaml").exists():
+        raise InputError(f"{run_dir}: is no run's folder (it has no recipe.yaml); --select chooses among checkpoints")
+    if output is not None:
+        _claim(output, resume=False)
+    recipe, device = load_recipe(run_dir / "recipe.yaml"), _device()
+    encoder = build_method(recipe).encoder.to(device)
+    images = functools.cache(lambda: load_images(recipe.data, recipe.data.train_split))
+
+    def sample() -> Sample:
+        bank, test = (measure == "knn" and _labelled_images(recipe, images())) or (None, None)
+        return Sample(
+            images=images(),
+            bank=bank,
+            test=test,
+            views=view_specs(recipe)[0],
+            seed=recipe.training.seed,
+            count=recipe.training.monitor_images,
+            batch_size=recipe.evaluation.batch_size,
+            device=device,
+        )
+
+    choice = select_checkpoint(run_dir, measure, encoder, sample)
+    if output is not None:
+        _write_encoder(recipe, encoder, images(), output, steps=choice.step)
+        write_choice(choice, output / "selection.json")
+    return choice
+
+
+def _chosen(protocols: list[str] | None) -> list[str]:
+    return [f"evaluation.protocols=[{', '.join(protocols)}]"] if protocols else []
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _pushing(recipe: Recipe, trainer: Trainer, images: ImageSet, run_dir: Path) -> AbstractContextManager[None]:
+    """Pushes checkpoints while it is entered, where the recipe asks for that."""
+    if recipe.training.push != "every":
+        return nullcontext()
+    repo_id = cast(str, recipe.training.push_to)
+    return pushing_checkpoints(run_dir, repo_id, functools.partial(save_encoder, recipe, trainer, images))
+
+
+def _write_report_material(recipe: Recipe, trainer: Trainer, judged: ImageSet, run_dir: Path) -> None:
+    """Writes what `hf-ssl-or report` draws and numbers do not hold: views, features and nearest neighbours."""
+    images = trainer.images
+    write_samples(trainer.encoder, judged, run_dir, mean=images.mean, std=images.std, device=trainer.device)
+    if trainer.accelerator.is_main_process:
+        (run_dir / "figures").mkdir(exist_ok=True)
+        draw_preview(images, view_specs(recipe), run_dir / "figures" / "views.png", seed=recipe.training.seed)
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -237,27 +357,10 @@ def _claim(run_dir: Path, resume: bool) -> None:
         raise InputError(f"{run_dir}: cannot be made ({error.strerror}); give another --output") from error
 
 
-def _labelled_images(
-    recipe: Recipe, images: ImageSet | None, *, required: bool = False
-) -> tuple[ImageSet, ImageSet] | None:
-    """Loads the labelled training and test images that judge the encoder, or None where there are none.
-
-    All labelled training images are used, also when pretraining takes a fraction of them.
-    """
-    data = recipe.evaluation_data or replace(recipe.data, fraction=1.0)
-    required = required or recipe.evaluation_data is not None
-    if not required and data.test_split not in list_splits(data):
-        return None
-    statistics = (images.mean, images.std) if images is not None else None
-    bank = load_images(data, data.train_split, statistics=statistics)
-    if bank.labels is None and not required:
-        return None
-    test = load_images(data, data.test_split, statistics=statistics)
-    if bank.labels is None or test.labels is None:
-        raise InputError(
-            f"{data.dataset}: has no labels, which kNN and probes need; set data.label_column, or judge on another set"
-        )
-    return bank, test
+def _labelled_images(recipe: Recipe, images: ImageSet) -> tuple[ImageSet, ImageSet] | None:
+    """Loads the labelled training and test images that judge the encoder, or None where there are none."""
+    data = recipe.evaluation_data or recipe.data
+    return load_labelled(data, statistics=(images.mean, images.std), required=recipe.evaluation_data is not None)
 
 
 def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
@@ -282,15 +385,3 @@ def _baselines(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, Image
         for name in names
     ]
     return {"untrained": untrained["evaluations"], "pixels": pixels}
-
-
-def _load_for_evaluation(folder: Path, name: str) -> tuple[nn.Module, Sequence[float], Sequence[float], int]:
-    from transformers import AutoImageProcessor
-
-    source = str(folder) if folder.exists() else name
-    try:
-        model = AutoModel.from_pretrained(source)
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
-    return model, processor.image_mean, processor.image_std, processor.size["height"]

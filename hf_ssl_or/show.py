@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_ssl_or.evaluation.transfer import markdown_table, table_rows
+from hf_ssl_or.training.selection import Choice
+
 LOAD = """\
 from transformers import AutoModel
 import hf_ssl_or  # or, without this package: AutoModel.from_pretrained(..., trust_remote_code=True)
@@ -19,7 +22,13 @@ COLLAPSE_MEANINGS = {
     "participation_ratio": "participation ratio",
     "alpha_req": "alpha-ReQ (near 1 is good)",
     "nesum": "NESum",
+    "stable_rank": "stable rank",
     "feature_std": "feature standard deviation",
+    "unit_std_relative": "spread of unit-length features (1: in all directions alike)",
+    "dead_dimensions": "dimensions that never vary",
+    "lidar": "LiDAR (higher is better)",
+    "alignment": "alignment (lower: views closer)",
+    "uniformity": "uniformity (lower: spread more evenly)",
 }
 
 
@@ -39,6 +48,40 @@ def print_evaluation(results: dict[str, Any], console: Console | None = None) ->
     else:
         console.print("No labels: only label-free measures. Set evaluation_data to judge with kNN and probes.")
     console.print(_collapse(results["collapse"]))
+
+
+def print_transfer(results: dict[str, Any], *, markdown: bool = False) -> None:
+    """Prints the table of encoders by data sets and protocols."""
+    console = Console(highlight=False)
+    if markdown:
+        console.print(markdown_table(results), markup=False, soft_wrap=True, end="")
+        return
+    heads, rows = table_rows(results)
+    table = Table(title="Accuracy on the test images, %")
+    table.add_column(heads[0], overflow="fold")
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_choice(choice: Choice, folder: Path | None) -> None:
+    """Prints what `--select` measured, the choice marked, and how to load it."""
+    console = Console(highlight=False)
+    table = Table(title=f"{choice.measure} of the kept checkpoints, from {choice.source}")
+    table.add_column("step", justify="right")
+    table.add_column(choice.measure, justify="right")
+    table.add_column("")
+    for step, value in choice.values.items():
+        shown = "undefined" if value is None else f"{value:.4f}"
+        table.add_row(str(step), shown, "chosen" if step == choice.step else "")
+    console.print(table)
+    if len(choice.values) == 1:
+        console.print("Only one checkpoint was kept: set training.keep_last to keep more.")
+    if folder is not None:
+        console.print("\nLoad it:")
+        console.print(LOAD.format(folder=folder), markup=False, soft_wrap=True)
 
 
 def _accuracies(evaluations: list[dict[str, Any]], baselines: dict[str, Any]) -> Table:
@@ -64,10 +107,12 @@ def _baseline(entries: list[dict[str, Any]], protocol: str, measure: str) -> str
     return ""
 
 
-def _collapse(measures: dict[str, float]) -> Table:
+def _collapse(measures: dict[str, Any]) -> Table:
     table = Table(title=f"Collapse, {measures['samples']:.0f} images, {measures['dimension']:.0f} dimensions")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, meaning in COLLAPSE_MEANINGS.items():
-        table.add_row(meaning, f"{measures[name]:.3f}" if name in measures else "undefined")
+        if name in measures:
+            table.add_row(meaning, f"{measures[name]:.3f}")
+    table.caption = "\n".join(measures.get("notes", []))  # which measures are undefined, and why
     return table

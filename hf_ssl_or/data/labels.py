@@ -13,7 +13,7 @@ from hf_ssl_or.randomness import keyed_permutation
 def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tuple[np.ndarray | None, list[str] | None]:
     """Turns labels into 0, ..., K - 1 and the names of the classes.
 
-    A split of which a label is missing (or negative, as some sets mark it) counts as unlabelled.
+    A split of which a label is missing (or negative or NaN, as some sets mark it) counts as unlabelled.
 
     Args:
         values: Numbers or words, one per image.
@@ -24,6 +24,8 @@ def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tupl
         return None, None
     array = np.asarray(values)
     if array.ndim != 1 or (array.dtype.kind in "iu" and array.min() < 0):
+        return None, None
+    if array.dtype.kind == "f" and np.isnan(array).any():
         return None, None
     if names is not None:
         return array.astype(np.int64), names

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import ViewSpec
 
@@ -43,6 +46,10 @@ class Protocol:
         text = json.dumps(self.settings(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def keys(self, seeds: Sequence[int]) -> list[int]:
+        """Gives the seed of each run: the seeds themselves, or one for a protocol that has no randomness."""
+        return list(seeds) if self.seeded else [0]
+
     @property
     def headline(self) -> str:
         """The metric that stands for the protocol where there is room for one number."""
@@ -60,6 +67,15 @@ class Protocol:
     ) -> dict[str, float]:
         """Judges features; accuracies are in percent."""
         raise NotImplementedError
+
+
+@typing.runtime_checkable
+class OnImages(typing.Protocol):
+    """A protocol that trains the encoder itself, and so judges images where others judge features."""
+
+    def run_on_images(self, encoder: Any, train: ImageSet, test: ImageSet, **options: Any) -> dict[str, float]:
+        """Judges a copy of the encoder; options are `seed` and the settings of `extract_features`."""
+        ...
 
 
 def check_labelled(
@@ -101,6 +117,8 @@ def check_labelled(
     unseen = sorted(set(test_labels_M.unique().tolist()) - seen)
     if unseen:
         warnings.warn(f"{what}: no train image has the test labels {unseen[:10]}; they count as wrong", stacklevel=3)
+    if bool((train_NF == train_NF[0]).all()):
+        warnings.warn(f"{what}: all train images have the same features: the encoder has collapsed", stacklevel=3)
     return train_labels_N, test_labels_M, int(max(train_labels_N.max(), test_labels_M.max())) + 1
 
 

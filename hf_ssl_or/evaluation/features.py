@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -55,7 +56,7 @@ def extract_features(
         num_views: Views per image.
         seed: Key of the augmentations.
         mixed_precision: Autocast of the encoder.
-        progress: Shows a bar on the first process.
+        progress: Shows a bar on the first process, where there is a terminal.
 
     Returns:
         (n, F) float32 on the CPU.
@@ -70,7 +71,8 @@ def extract_features(
     device, size = torch.device(device), image_size or images.image_size
     dtype = _AUTOCAST.get(mixed_precision)
     shares = _shares(len(images), batch_size)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress or rank() > 0)
+    hidden = not progress or rank() > 0 or not sys.stderr.isatty()
+    bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
     parts: list[Tensor] = []
     with bar, evaluating(encoder), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         batches = zip(shares, images.stream(shares, device), strict=True)

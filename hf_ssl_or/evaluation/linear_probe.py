@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.base import Protocol, check_labelled, in_top
+from hf_ssl_or.evaluation.logistic import LogisticRegression
 from hf_ssl_or.randomness import keyed_generator, keyed_permutation
 from hf_ssl_or.structures import ViewSpec
 
@@ -129,32 +130,23 @@ class LogisticProtocol(LinearProtocol):
         order_N = torch.from_numpy(keyed_permutation(len(labels_N), seed, "held out")).to(labels_N.device)
         aside = max(1, round(self.held_out * len(labels_N)))
         held_out, kept = order_N[:aside], order_N[aside:]
-        classifier = _classifier(x_NF, num_classes, seed)
-        nn.init.zeros_(classifier.weight)
-        nn.init.zeros_(classifier.bias)
-        scores = []
-        for l2 in self.penalties:
-            self._minimise(classifier, x_NF[kept], labels_N[kept], l2)
-            scores.append(_accuracy(classifier, x_NF[held_out], labels_N[held_out], 1))
-        self._minimise(classifier, x_NF, labels_N, self.penalties[scores.index(max(scores))])
+        model = self._model(x_NF[kept], labels_N[kept], num_classes)
+        scores = [self._score(model.solve(l2), x_NF[held_out], labels_N[held_out]) for l2 in self.penalties]
+        best = self.penalties[scores.index(max(scores))]
+        weight_KF, bias_K = self._model(x_NF, labels_N, num_classes).solve(best)
+        classifier = nn.Linear(x_NF.shape[1], num_classes, device=x_NF.device)
         with torch.no_grad():
-            classifier.weight.div_(std_F)
-            classifier.bias.sub_(classifier.weight @ mean_F)
+            classifier.weight.copy_(weight_KF / std_F)
+            classifier.bias.copy_(bias_K - classifier.weight @ mean_F)
         return classifier
 
-    def _minimise(self, classifier: nn.Linear, x_NF: Tensor, labels_N: Tensor, l2: float) -> None:
-        parameters = list(classifier.parameters())
-        solver = torch.optim.LBFGS(
-            parameters, max_iter=self.iterations, tolerance_grad=1e-5, history_size=10, line_search_fn="strong_wolfe"
-        )
+    def _model(self, x_NF: Tensor, labels_N: Tensor, num_classes: int) -> LogisticRegression:
+        return LogisticRegression(x_NF, labels_N, num_classes, iterations=self.iterations)
 
-        def loss() -> Tensor:
-            value = F.cross_entropy(classifier(x_NF), labels_N) + l2 / 2 * classifier.weight.square().sum()
-            for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
-                parameter.grad = gradient
-            return value
-
-        solver.step(loss)
+    @staticmethod
+    def _score(solution: tuple[Tensor, Tensor], x_NF: Tensor, labels_N: Tensor) -> int:
+        weight_KF, bias_K = solution
+        return int(in_top(torch.addmm(bias_K, x_NF, weight_KF.T), labels_N, 1).sum())
 
 
 # Augmentations of the multi-view paper's CIFAR code.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
-from dataclasses import field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.errors import InputError, unknown
-from hf_ssl_or.evaluation.base import NEEDS_LABELS, Protocol
+from hf_ssl_or.evaluation.base import NEEDS_LABELS, OnImages, Protocol
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
+from hf_ssl_or.evaluation.few_shot import FEW_SHOT_PROTOCOLS
+from hf_ssl_or.evaluation.fine_tune import FINE_TUNE_PROTOCOLS
 from hf_ssl_or.evaluation.knn import KNN_PROTOCOLS
 from hf_ssl_or.evaluation.linear_probe import LINEAR_PROTOCOLS
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
 
-_PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (*KNN_PROTOCOLS, *LINEAR_PROTOCOLS)}
+_ALL: tuple[Protocol, ...] = (*KNN_PROTOCOLS, *LINEAR_PROTOCOLS, *FEW_SHOT_PROTOCOLS, *FINE_TUNE_PROTOCOLS)
+_PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def available_protocols() -> list[str]:
@@ -112,37 +116,104 @@ def evaluate_encoder(
     Raises:
         InputError: A protocol lacks labels, a kNN has too few images, or the encoder gives NaN.
     """
-    if arguments.protocols and (train.labels is None or test.labels is None):
-        bare = train if train.labels is None else test
-        raise InputError(f"{bare.name}: {NEEDS_LABELS}")
-    limit = arguments.train_limit
-    bank = train if limit is None or limit >= len(train) else train.subset(_sample(len(train), limit))
+    judge = Judge(
+        encoder,
+        train,
+        test,
+        arguments,
+        mean=mean,
+        std=std,
+        device=device,
+        image_size=image_size,
+        mixed_precision=mixed_precision,
+        progress=progress,
+    )
+    evaluations = [judge.judge(get_protocol(name)) for name in arguments.protocols]
+    return {"evaluations": evaluations, "collapse": collapse_report(judge.features("train"))}
 
-    @functools.cache
-    def features(split: str, num_views: int, views: tuple[ViewSpec, ...]) -> Tensor:
+
+class Judge:
+    """One encoder and one data set: encodes images once, and judges them by any number of protocols.
+
+    Args:
+        encoder: As for `evaluate_encoder`, like what follows.
+        train: Labelled images that judges learn from.
+        test: Labelled images that are judged.
+        arguments: Protocols, seeds and sizes.
+        remember: Gives a tensor by a JSON key from where an earlier process left it, or computes it; None computes.
+        **encoding: Settings of `extract_features`.
+
+    Raises:
+        InputError: There are protocols but no labels.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        train: ImageSet,
+        test: ImageSet,
+        arguments: EvaluationArguments,
+        *,
+        remember: Callable[[dict[str, Any], Callable[[], Tensor]], Tensor] | None = None,
+        **encoding: Any,
+    ) -> None:
+        if arguments.protocols and (train.labels is None or test.labels is None):
+            bare = train if train.labels is None else test
+            raise InputError(f"{bare.name}: {NEEDS_LABELS}")
+        limit = arguments.train_limit
+        bank = train if limit is None or limit >= len(train) else train.subset(_sample(len(train), limit))
+        self.encoder, self.arguments, self.encoding, self.remember = encoder, arguments, encoding, remember
+        self.images = {"train": bank, "test": test}
+        self.data = {"train": _describe(train, len(bank)), "test": _describe(test, len(test))}
+        self._features: dict[tuple[Any, ...], Tensor] = {}
+
+    def judge(self, protocol: Protocol) -> dict[str, Any]:
+        """Gives one entry of `evaluations`, see `evaluate_encoder`.
+
+        Raises:
+            InputError: The protocol trains the encoder, and it is not one of this package.
+        """
+        if isinstance(protocol, OnImages):
+            return self._judge_on_images(protocol) | {"data": self.data}
+        train_NF, test_MF = (self.features(split, protocol.num_views, protocol.views) for split in ("train", "test"))
+        judged = judge_features(
+            protocol,
+            train_NF,
+            self.images["train"].labels,
+            test_MF,
+            self.images["test"].labels,
+            seeds=self.arguments.seeds,
+            device=self.encoding["device"],
+        )
+        return judged | {"data": self.data}
+
+    def features(self, split: str, num_views: int = 1, views: tuple[ViewSpec, ...] = ()) -> Tensor:
+        """Gives the features (n, F) of a split, averaged over views."""
+        place = (split, num_views, views)
+        if place not in self._features:
+            key = {"data": self.data[split], "num_views": num_views, "views": [asdict(view) for view in views]}
+            compute = functools.partial(self._encode, *place)
+            self._features[place] = compute() if self.remember is None else self.remember(key, compute)
+        return self._features[place]
+
+    def _judge_on_images(self, protocol: Protocol) -> dict[str, Any]:
+        assert isinstance(protocol, OnImages)
+        if not isinstance(self.encoder, SSLModel):
+            raise InputError(
+                f"{protocol.name}: trains encoders of this package only, not {type(self.encoder).__name__}"
+            )
+        run = functools.partial(protocol.run_on_images, self.encoder, **self.images, **self.encoding)
+        return _entry(protocol, [run(seed=key) for key in protocol.keys(self.arguments.seeds)], self.arguments.seeds)
+
+    def _encode(self, split: str, num_views: int, views: tuple[ViewSpec, ...]) -> Tensor:
         return extract_features(
-            encoder,
-            {"train": bank, "test": test}[split],
-            mean=mean,
-            std=std,
-            image_size=image_size,
-            batch_size=arguments.batch_size,
-            device=device,
+            self.encoder,
+            self.images[split],
+            batch_size=self.arguments.batch_size,
             views=views,
             num_views=num_views,
-            mixed_precision=mixed_precision,
-            progress=progress,
+            **self.encoding,
         )
-
-    data = {"train": _describe(train, len(bank)), "test": _describe(test, len(test))}
-    evaluations = []
-    for protocol in map(get_protocol, arguments.protocols):
-        train_NF, test_MF = (features(split, protocol.num_views, protocol.views) for split in ("train", "test"))
-        judged = judge_features(
-            protocol, train_NF, bank.labels, test_MF, test.labels, seeds=arguments.seeds, device=device
-        )
-        evaluations.append(judged | {"data": data})
-    return {"evaluations": evaluations, "collapse": collapse_report(features("train", 1, ()))}
 
 
 def judge_features(
@@ -170,7 +241,11 @@ def judge_features(
         One entry of `evaluations`, see `evaluate_encoder`, without `data`.
     """
     arrays = (train_features, train_labels, test_features, test_labels)
-    runs = [protocol.run(*arrays, seed=seed, device=device) for seed in (seeds if protocol.seeded else (0,))]
+    runs = [protocol.run(*arrays, seed=key, device=device) for key in protocol.keys(seeds)]
+    return _entry(protocol, runs, seeds)
+
+
+def _entry(protocol: Protocol, runs: list[dict[str, float]], seeds: Sequence[int]) -> dict[str, Any]:
     metrics = {}
     for name in runs[0]:
         values = [run[name] for run in runs]

@@ -1,19 +1,14 @@
-"""Eigenvalue spectra of features and weights, in float64, from all rows at once or from a stream of batches."""
+"""Eigenvalue spectra of features, in float64, from all rows at once or from a stream of batches."""
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from hf_ssl_or.distributed import sum_over_ranks
 from hf_ssl_or.errors import InputError
-
-_STAGE = re.compile(r"(?:^|\.)(layer\d+|stages\.\d+)\.")
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(?:attn\.proj|mlp\.fc2)$")
-
 
 _PRECISION = torch.finfo(torch.float64).eps
 ROUNDING = (64 * _PRECISION) ** 2  # variance beside the mean square that may be the rounding of constant rows
@@ -44,43 +39,53 @@ class CovarianceAccumulator:
     Args:
         dimension: Width D of the features.
         device: Where the sums are held; it must know float64.
+        name: What the features are, for error messages.
 
     Attributes:
         count: Rows seen.
         mean_D: Their mean.
         scatter_DD: Sum of the outer products of the rows' deviations from the mean.
+        unit_mean_D: Mean of the rows scaled to unit length.
+        unit_scatter_D: Sum of the squared deviations of the rows scaled to unit length.
     """
 
-    def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+    def __init__(self, dimension: int, device: torch.device | str = "cpu", name: str = "features") -> None:
+        self.count, self.name = 0, name
         self.mean_D = torch.zeros(dimension, dtype=torch.float64, device=device)
         self.scatter_DD = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+        self.unit_mean_D, self.unit_scatter_D = torch.zeros_like(self.mean_D), torch.zeros_like(self.mean_D)
 
     @torch.no_grad()
     def update(self, features_BD: Tensor) -> None:
         """Takes in a batch of any size."""
         if features_BD.ndim != 2 or features_BD.shape[1] != len(self.mean_D):
-            raise InputError(f"features: want shape (images, {len(self.mean_D)}), not {tuple(features_BD.shape)}")
+            raise InputError(f"{self.name}: want shape (images, {len(self.mean_D)}), not {tuple(features_BD.shape)}")
         rows, total = len(features_BD), self.count + len(features_BD)
         if not rows:
             return
         x_BD = features_BD.detach().to(self.mean_D.device, torch.float64)
-        mean_D = x_BD.mean(0)
+        unit_BD = F.normalize(x_BD, dim=1)
+        mean_D, unit_mean_D = x_BD.mean(0), unit_BD.mean(0)
         centred_BD, shift_D = x_BD - mean_D, mean_D - self.mean_D
-        self.scatter_DD += centred_BD.T @ centred_BD + torch.outer(shift_D, shift_D) * (self.count * rows / total)
+        unit_shift_D, between = unit_mean_D - self.unit_mean_D, self.count * rows / total
+        self.scatter_DD += centred_BD.T @ centred_BD + torch.outer(shift_D, shift_D) * between
+        self.unit_scatter_D += (unit_BD - unit_mean_D).square().sum(0) + unit_shift_D.square() * between
         self.mean_D += shift_D * (rows / total)
+        self.unit_mean_D += unit_shift_D * (rows / total)
         self.count = total
 
     @torch.no_grad()
     def over_ranks(self) -> CovarianceAccumulator:
         """Merges what all processes have seen; every process gets the same new accumulator."""
-        merged = CovarianceAccumulator(len(self.mean_D), self.mean_D.device)
+        merged = CovarianceAccumulator(len(self.mean_D), self.mean_D.device, self.name)
         merged.count = int(sum_over_ranks(torch.tensor(self.count, device=self.mean_D.device)))
         if not merged.count:
             return merged
         merged.mean_D = sum_over_ranks(self.mean_D * self.count) / merged.count
-        shift_D = self.mean_D - merged.mean_D
+        merged.unit_mean_D = sum_over_ranks(self.unit_mean_D * self.count) / merged.count
+        shift_D, unit_shift_D = self.mean_D - merged.mean_D, self.unit_mean_D - merged.unit_mean_D
         merged.scatter_DD = sum_over_ranks(self.scatter_DD + self.count * torch.outer(shift_D, shift_D))
+        merged.unit_scatter_D = sum_over_ranks(self.unit_scatter_D + self.count * unit_shift_D.square())
         return merged
 
     @property
@@ -100,83 +105,76 @@ class CovarianceAccumulator:
             InputError: No rows were seen, or some held NaN or infinite values.
         """
         if not self.count:
-            raise InputError("features: no images were seen")
+            raise InputError(f"{self.name}: no images were seen")
         matrix_DD = (self.covariance_DD if centred else self.second_moment_DD).cpu()
         if not bool(matrix_DD.isfinite().all()):
-            raise InputError("features: some rows hold NaN or infinite values")
-        eigenvalues_D = torch.linalg.eigvalsh(matrix_DD).flip(0)
-        # Rounding, beside the largest eigenvalue, and beside the mean square for rows that do not vary at all.
-        floor = max(
-            float(eigenvalues_D[0]) * len(matrix_DD) * _PRECISION, float(self.second_moment_DD.trace()) * ROUNDING
-        )
-        return torch.where(eigenvalues_D > floor, eigenvalues_D, 0)
+            raise InputError(f"{self.name}: some rows hold NaN or infinite values")
+        return _above_rounding(torch.linalg.eigvalsh(matrix_DD).flip(0), float(self.second_moment_DD.trace()))
 
     @classmethod
-    def of(cls, features_ND: Tensor) -> CovarianceAccumulator:
-        """Takes in all rows of a feature matrix."""
-        accumulator = cls(features_ND.shape[1])
-        for batch_BD in features_ND.split(8192):  # bounds the copy in float64
+    def of(cls, features: Features, name: str = "features") -> CovarianceAccumulator:
+        """Takes in all rows of a feature matrix (N, D); an accumulator is given back as it is."""
+        if isinstance(features, CovarianceAccumulator):
+            return features
+        x_ND = as_matrix(features, name)
+        accumulator = cls(x_ND.shape[1], name=name)
+        for batch_BD in x_ND.split(8192):  # bounds the copy in float64
             accumulator.update(batch_BD)
         return accumulator
+
+
+Features = Tensor | np.ndarray | CovarianceAccumulator
+
+
+def eigenvalues(features: Features, *, centred: bool = True, name: str = "features") -> Tensor:
+    """Eigenvalues (D,) of the covariance of features, or of their second moment, from the largest.
+
+    Of a matrix with fewer rows than columns the smaller Gram matrix is decomposed, which has the same eigenvalues
+    above 0.
+
+    Args:
+        features: Matrix (N, D), or what a stream has gathered.
+        centred: The covariance (divided by N - 1); else the second moment (divided by N).
+        name: What the features are, for error messages.
+
+    Raises:
+        InputError: There are no rows, or some hold NaN or infinite values.
+    """
+    if isinstance(features, CovarianceAccumulator):
+        return features.eigenvalues(centred=centred)
+    x_ND = as_matrix(features, name)
+    rows, dimension = x_ND.shape
+    if rows >= dimension:
+        return CovarianceAccumulator.of(x_ND, name).eigenvalues(centred=centred)
+    x_ND = x_ND.double()
+    mean_square = float(x_ND.square().sum() / rows)
+    x_ND = x_ND - x_ND.mean(0) if centred else x_ND
+    gram_NN = x_ND @ x_ND.T / (max(rows - 1, 1) if centred else rows)
+    return F.pad(_above_rounding(torch.linalg.eigvalsh(gram_NN).flip(0), mean_square), (0, dimension - rows))
+
+
+def _above_rounding(eigenvalues_D: Tensor, mean_square: float) -> Tensor:
+    """Sets to 0 what is rounding beside the largest eigenvalue, or beside the mean square where rows do not vary."""
+    floor = max(float(eigenvalues_D[0]) * len(eigenvalues_D) * _PRECISION, mean_square * ROUNDING)
+    return torch.where(eigenvalues_D > floor, eigenvalues_D, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spectra as they are drawn
 
 
-def normalised_eigenvalues(matrix_ND: Tensor | np.ndarray) -> np.ndarray:
+def normalised_eigenvalues(features: Features, name: str = "features") -> np.ndarray:
     """Eigenvalues of the covariance of a matrix's columns, from the largest, each divided by the largest.
 
-    He & Ozay (ICML 2022); section 5 of He, Du & Ma (NeurIPS 2024), who draw them on logarithmic axes.
+    He & Ozay (ICML 2022); section 5 of He, Du & Ma (NeurIPS 2024), who draw them on logarithmic axes, dashed where
+    some eigenvalue is not positive, with the number of those: here `(spectrum == 0).sum()`.
+
+    Args:
+        features: Matrix (N, D), or what a stream has gathered; with N <= D the last D - N + 1 are 0.
+        name: What the matrix is, for error messages.
 
     Returns:
         float64 array (D,); 0 where an eigenvalue is not above the rounding error (all 0 for constant rows).
     """
-    eigenvalues_D = CovarianceAccumulator.of(as_matrix(matrix_ND, "matrix")).eigenvalues()
+    eigenvalues_D = eigenvalues(features, name=name)
     return (eigenvalues_D / eigenvalues_D[0]).numpy() if eigenvalues_D[0] > 0 else eigenvalues_D.numpy()
-
-
-def feature_spectrum(features_ND: Tensor | np.ndarray) -> np.ndarray:
-    """Normalised eigenvalues (D,) of features, see `normalised_eigenvalues`; with N <= D the last D - N + 1 are 0."""
-    return normalised_eigenvalues(as_matrix(features_ND))
-
-
-def weight_spectra(encoder: nn.Module) -> dict[str, np.ndarray]:
-    """Normalised eigenvalues of the encoder's telling weights, see `select_weights`.
-
-    As in He, Du & Ma (NeurIPS 2024, section 5), a weight is a matrix of its inputs (rows, the samples) by its outputs.
-
-    Returns:
-        float64 array (outputs,) for every selected parameter name.
-    """
-    return {name: normalised_eigenvalues(w_OI.T) for name, w_OI in select_weights(encoder).items()}
-
-
-def weight_matrices(encoder: nn.Module) -> dict[str, Tensor]:
-    """Every convolution's and linear layer's weight as a matrix (outputs, inputs * kernel), by parameter name."""
-    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    modules = encoder.named_modules()
-    return {f"{name}.weight".lstrip("."): m.weight.detach().flatten(1) for name, m in modules if isinstance(m, layers)}
-
-
-def select_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """Picks the weights whose spectra are drawn, each as (outputs, inputs * kernel).
-
-    ResNets: the last convolution of each stage. Vision transformers: `attn.proj` and `mlp.fc2` of the first, middle
-    and last block. Any other encoder: every weight.
-    """
-    matrices = weight_matrices(encoder)
-    last_of_stage: dict[str, str] = {}
-    of_block: dict[int, list[str]] = {}
-    for name in matrices:
-        module = name.removesuffix(".weight")
-        if (stage := _STAGE.search(module)) and ".downsample." not in module:
-            last_of_stage[stage[1]] = name
-        elif block := _BLOCK.search(module):
-            of_block.setdefault(int(block[1]), []).append(name)
-    if last_of_stage:
-        return {name: matrices[name] for name in last_of_stage.values()}
-    if of_block:
-        depth = len(of_block)
-        return {name: matrices[name] for i in sorted({0, depth // 2, depth - 1}) for name in of_block[i]}
-    return matrices

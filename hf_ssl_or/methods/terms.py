@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import sum_over_ranks, world_size
@@ -43,7 +44,8 @@ def global_mean(local_mean: Tensor) -> Tensor:
 
 def mean_of_others(z_VND: Tensor) -> Tensor:
     """Gives for each view the mean of the other views, at cost V."""
-    return (z_VND.sum(0) - z_VND) / (z_VND.shape[0] - 1)
+    views = len(z_VND)
+    return z_VND.flip(0) if views == 2 else (z_VND.sum(0) - z_VND) / (views - 1)
 
 
 def standardise(z_VND: Tensor, eps: float = 1e-5) -> tuple[Tensor, ...]:
@@ -81,6 +83,7 @@ class _SplitByGrams(torch.autograd.Function):
         return diagonal_D, total - diagonal_D.square().sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_D: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor | None]:
         a_ND, b_ND, a_NN, b_NN, diagonal_D = ctx.saved_tensors
         scale = 2 * grad_squares[..., None, None]
@@ -104,6 +107,7 @@ class _SplitByProduct(torch.autograd.Function):
         return diagonal_D, product_DD.square().sum((-2, -1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_D: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor | None]:
         a_ND, b_ND, product_DD = ctx.saved_tensors
         grad_DD = 2 * grad_squares[..., None, None] * product_DD
@@ -124,7 +128,8 @@ def negative_cosine(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     views' normalised targets.
     """
     others_VND = mean_of_others(F.normalize(target_VND, dim=-1))
-    return -(F.normalize(p_VND, dim=-1) * others_VND).sum(-1).mean()
+    length_VN = torch.linalg.vector_norm(p_VND, dim=-1).clamp_min(1e-12)
+    return -((p_VND * others_VND).sum(-1) / length_VN).mean()
 
 
 def contrast(query_VBD: Tensor, key_VND: Tensor, temperature: float, first: int = 0) -> Tensor:
@@ -206,6 +211,7 @@ class _Similarities(torch.autograd.Function):
         return positives_VUN, (largest_M1 + total_M1.log()).view(views, images)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_VUN: Tensor, grad_VN: Tensor) -> tuple[Tensor, None]:
         x_MD, scale_M1, s_MM, total_M1 = ctx.saved_tensors
         grad_MM = s_MM * (grad_VN.reshape(-1, 1) / total_M1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
     StrictDataclassError,
 )
 from safetensors.torch import load_file
@@ -34,6 +37,7 @@ from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
+SHARD_INDEX = "model.safetensors.index.json"
 FAMILIES: tuple[type[SSLResNetModel] | type[SSLViTModel], ...] = (SSLResNetModel, SSLViTModel)
 
 
@@ -70,8 +74,8 @@ def create_encoder(
         channels: ResNets: width of each stage.
         pooling: ViTs: features of the class "token", or the "avg" of the patches.
         num_channels: Channels of an image.
-        init_from: Where the weights come from: a timm name with a tag ("resnet18.a1_in1k"), a Hub id, or a folder, in
-            this package's layout or timm's. Only safetensors are read.
+        init_from: Where the weights come from: a timm name with a tag ("resnet18.a1_in1k"), a Hub id, also with its
+            revision ("org/name@v2"), or a folder, in this package's layout or timm's. Only safetensors are read.
         orthogonality: Settings to keep in the configuration.
         **model_args: Further keyword arguments of the timm model.
 
@@ -120,6 +124,45 @@ def _family(name: str) -> type[SSLResNetModel] | type[SSLViTModel]:
     raise ValueError(f"unknown encoder {name!r}: a timm {type(net).__name__} is of none of our families")
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Splits "org/name@revision"; a folder's name is left whole, and without "@" the revision is None."""
+    name, separator, revision = source.partition("@")
+    return (source, None) if not separator or not revision or Path(source).exists() else (name, revision)
+
+
+def shard_names(index: Path) -> list[str]:
+    """Lists the files that an index of sharded safetensors names, all of which must be its neighbours.
+
+    Raises:
+        ValueError: The index is damaged, or names a file elsewhere or of another kind.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: is no index of safetensors ({error!r})") from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+            raise ValueError(f"{index}: names {name!r}, which is no safetensors file beside it")
+    return names
+
+
+def check_download(path: Path) -> None:
+    """Compares a large file in the Hub's cache with the SHA-256 that it is stored under; a damaged one is removed.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return
+    with open(blob, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != blob.name:
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path.name} was damaged on its way from the Hub, and was removed; run the command again")
+
+
 _SHAPING = {"stem", "image_size", "patch_size", "channels", "pooling", "num_channels"}
 _TIMM_NAMES = {"img_size": "image_size", "global_pool": "pooling", "in_chans": "num_channels"}
 
@@ -129,6 +172,7 @@ class _Checkpoint:
 
     def __init__(self, source: str | os.PathLike[str], name: str) -> None:
         self.source = os.fspath(source)
+        self._name, self._revision = split_revision(self.source)
         path = self._fetch("config.json")
         if path is None:
             raise ValueError(
@@ -138,7 +182,8 @@ class _Checkpoint:
         self.is_ours = str(self.config.get("model_type", "")).startswith("ssl_")
         if "architecture" not in self.config:
             raise ValueError(f"init_from: {self.source} is neither of this package's layout nor of timm's")
-        if self.is_ours and self.config["architecture"] != name:
+        theirs = self.config["architecture"]
+        if self.is_ours and SHORT_VITS.get(theirs, theirs) != SHORT_VITS.get(name, name):
             raise ValueError(f"init_from: {self.source} is a {self.config['architecture']}, not a {name}")
 
     def settings(self, config_class: type[SSLConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,30 +195,28 @@ class _Checkpoint:
         for key in ("image_size", "patch_size"):
             if isinstance(options.get(key), list):  # timm writes [height, width]
                 options[key] = options[key][0]
-        if self.is_ours:
-            return options, self.config["model_args"]
         taken = {*config_class.fixed_arguments, *options}
-        return options, {key: value for key, value in saved.items() if key not in taken}
+        arguments = self.config.get("model_args", {})
+        return options, {key: value for key, value in arguments.items() if key not in taken}
 
     def read(self) -> dict[str, Tensor]:
         """Gives the weights by timm's names, without a head."""
-        weights = self._read_files()
-        if not self.is_ours:
-            head = self.config.get("pretrained_cfg", {}).get("classifier") or ("fc", "head")
-            prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
-            return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
-        marker = "timm_model."
-        return {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}
+        weights, marker = self._read_files(), "timm_model."
+        if any(marker in key for key in weights):
+            return {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}
+        head = self.config.get("pretrained_cfg", {}).get("classifier") or ("fc", "head")
+        prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
+        return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
     def _read_files(self) -> dict[str, Tensor]:
         whole = self._fetch("model.safetensors")
         if whole is not None:
             return load_file(whole)
-        index = self._fetch("model.safetensors.index.json")
+        index = self._fetch(SHARD_INDEX)
         if index is None:
             raise ValueError(f"init_from: {self.source} has no model.safetensors; only safetensors are read")
         weights: dict[str, Tensor] = {}
-        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        for name in shard_names(index):
             shard = self._fetch(name)
             if shard is None:
                 raise ValueError(f"init_from: {self.source} has no {name}, which its index names")
@@ -184,12 +227,17 @@ class _Checkpoint:
         folder = Path(self.source)
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
+        repository = self._name if "/" in self._name else f"timm/{self._name}"
         try:
-            return Path(hf_hub_download(self.source if "/" in self.source else f"timm/{self.source}", name))
+            path = Path(hf_hub_download(repository, name, revision=self._revision))
         except EntryNotFoundError:
             return None
+        except RevisionNotFoundError as error:
+            raise ValueError(f"init_from: {repository} has no revision {self._revision!r} on the Hub") from error
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise ValueError(f"init_from: {self.source} is neither a folder nor a repository on the Hub") from error
+        check_download(path)
+        return path
 
 
 def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:

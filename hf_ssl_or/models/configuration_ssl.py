@@ -93,6 +93,7 @@ _TRANSFORMERS_KEYS = (
     *("output_attentions", "attn_implementation", "experts_implementation", "per_layer_config", "quantization_config"),
     *("_name_or_path", "_commit_hash", "_attn_implementation_internal", "_experts_implementation_internal"),
 )
+_TIMM_KEYS = ("pretrained_cfg", "num_classes", "label_names")
 
 
 def list_architectures(model_type: str) -> list[str]:
@@ -144,7 +145,10 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
     fixed_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "in_chans", "pretrained", "features_only")
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._refuse_unknown(kwargs)
+        if "model_type" in kwargs:  # a saved configuration, perhaps of a newer version
+            kwargs = self._without_timms(kwargs)
+        else:
+            self._refuse_unknown(kwargs)
         self._check_values()
         net = self.outline()
         if self.hidden_size not in (None, net.head_hidden_size):
@@ -196,9 +200,12 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"architecture: {name} is a {type(net).__name__}, not of the family {self.model_type}")
         return net
 
+    def _without_timms(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Drops what a published configuration says to timm alone; our own fields say it as well."""
+        self.model_args = {key: value for key, value in self.model_args.items() if key not in self.fixed_arguments}
+        return {key: value for key, value in kwargs.items() if key not in _TIMM_KEYS}
+
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        if "model_type" in kwargs:  # a saved configuration, perhaps of a newer version
-            return
         known = [f.name for f in dataclasses.fields(self)]
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -23,6 +24,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ssl import SSLConfig
 
+# timm's names of weights to ours; a model's own prefix `encoder.` is added and removed by transformers.
+_FROM_TIMM = {
+    r"^(?:fc|head)\.(weight|bias)$": r"classifier.\1",
+    r"^(?!encoder\.|timm_model\.|classifier\.)(.+)": r"timm_model.\1",
+}
+
 
 class SSLPreTrainedModel(PreTrainedModel):
     """What transformers must know of every model here."""
@@ -33,6 +40,15 @@ class SSLPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        """Loads a folder or a repository as transformers does; the weights may also have timm's names."""
+        return super().from_pretrained(*args, key_mapping={**_FROM_TIMM, **(key_mapping or {})}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Saves as transformers does, by our names of weights whatever names they were loaded by."""
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
 
 class SSLModel(SSLPreTrainedModel):

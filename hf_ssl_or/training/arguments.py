@@ -37,6 +37,9 @@ class TrainingArguments:
         keep_last: How many checkpoints stay; None keeps all.
         keep_best: Also keeps the checkpoint with the highest RankMe (needs no labels) or kNN accuracy.
         trackers: Trackers of accelerate: tensorboard, trackio, wandb.
+        push: Pushes the encoder to the Hub, with its card: at the "end", or also after "every" checkpoint, in the
+            background (of checkpoints that appear while one is being pushed, only the newest follows).
+        push_to: The repository, "owner/name".
     """
 
     seed: int = 0
@@ -59,6 +62,8 @@ class TrainingArguments:
     keep_last: int | None = 2
     keep_best: Literal["rankme", "knn"] | None = None
     trackers: list[str] = field(default_factory=list)
+    push: Literal["every", "end"] | None = None
+    push_to: str | None = None
 
     def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "gradient_accumulation_steps", "log_every", "monitor_images", "save_every")
@@ -70,5 +75,7 @@ class TrainingArguments:
             raise InputError(f"training.monitor_every: 0 (never) or a number of epochs, not {self.monitor_every}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise InputError(f"training.max_grad_norm: more than 0, or null for no clipping, not {self.max_grad_norm}")
+        if (self.push is None) != (self.push_to is None):
+            raise InputError("training.push, training.push_to: give both, say push: end and push_to: owner/name")
         if self.keep_best and not self.monitor_every:
             raise InputError("training.keep_best: needs training.monitor_every above 0, which measures what is best")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
+from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum, sample_images
 from hf_ssl_or.evaluation.knn import knn_accuracy
-from hf_ssl_or.evaluation.spectra import feature_spectrum, weight_spectra
+from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, normalised_eigenvalues
+from hf_ssl_or.evaluation.weights import weight_spectra
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
-from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.training.arguments import TrainingArguments
 
 KNN_NEIGHBOURS = 20
@@ -53,20 +55,33 @@ class Monitor:
     def look(self, encoder: nn.Module, spectra_path: Path) -> dict[str, float]:
         """Measures ranks, orthogonality and kNN accuracy, and writes the spectra as a `.npz` beside.
 
+        Its keys are "input" (pixels), "hidden/<stage>" in order (averaged over space), "representation" and
+        "weight/<parameter>"; each holds normalised eigenvalues, see `evaluation.spectra`.
+
         Returns:
             Named numbers; `knn` is the top-1 accuracy in percent.
         """
-        features = self._features(encoder, self.sample)
-        values = collapse_report(features)
+        covariances = hidden_covariances(encoder, self.sample, **self._how())
+        report = collapse_report(covariances["representation"])
+        values = {name: value for name, value in report.items() if isinstance(value, int | float)}
         errors = OrthogonalityRegularizer(encoder, OrthogonalityConfig(penalty="so", weight=1)).errors()
         values["orthogonality_error"] = float(np.mean([float(error) for error in errors.values()]))
         if self.bank is not None and self.test is not None:
             values["knn"] = self._knn(encoder, self.bank, self.test)
         if rank() == 0:
             spectra_path.parent.mkdir(parents=True, exist_ok=True)
-            spectra: dict[str, Any] = {"representation": feature_spectrum(features), **weight_spectra(encoder)}
-            np.savez(spectra_path, **spectra)
+            np.savez(spectra_path, **self._spectra(encoder, covariances))
         return values
+
+    def _spectra(self, encoder: nn.Module, covariances: dict[str, CovarianceAccumulator]) -> dict[str, Any]:
+        """Gives the normalised eigenvalues of the input, of every stage and the representation, and of weights."""
+        features = {name: normalised_eigenvalues(moments, name) for name, moments in covariances.items()}
+        weights = {f"weight/{name}": spectrum for name, spectrum in weight_spectra(encoder).items()}
+        return {"input": self._input_spectrum, **features, **weights}
+
+    @functools.cached_property
+    def _input_spectrum(self) -> np.ndarray:
+        return input_spectrum(self.sample)
 
     def _knn(self, encoder: nn.Module, bank: ImageSet, test: ImageSet) -> float:
         accuracy = knn_accuracy(
@@ -79,17 +94,17 @@ class Monitor:
         return next(iter(accuracy.values()))
 
     def _features(self, encoder: nn.Module, images: ImageSet) -> torch.Tensor:
-        return extract_features(
-            encoder,
-            images,
-            mean=self.mean,
-            std=self.std,
-            image_size=self.image_size,
-            device=self.device,
-            mixed_precision=self.arguments.mixed_precision,
-            progress=False,
-        )
+        return extract_features(encoder, images, progress=False, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        """How images are encoded."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "image_size": self.image_size,
+            "device": self.device,
+            "mixed_precision": self.arguments.mixed_precision,
+        }
 
     def _sample(self, images: ImageSet, purpose: str) -> ImageSet:
-        order = keyed_permutation(len(images), self.arguments.seed, purpose)
-        return images.subset(np.sort(order[: self.arguments.monitor_images]))
+        return sample_images(images, self.arguments.seed, purpose, size=self.arguments.monitor_images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -23,8 +24,19 @@ from hf_ssl_or.evaluation.collapse import (
     weight_report,
 )
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator
+from hf_ssl_or.evaluation.spread import alignment, uniformity, unit_std
+from hf_ssl_or.evaluation.view_scatter import ViewScatter
+from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 
 METRICS = (rankme, effective_rank, alpha_req, participation_ratio, nesum, stable_rank)
+
+
+def streamed(features: torch.Tensor, batch: int = 7) -> CovarianceAccumulator:
+    accumulator = CovarianceAccumulator(features.shape[1])
+    for batch_BD in features.split(batch):
+        accumulator.update(batch_BD)
+    return accumulator
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +67,13 @@ def test_rankme_and_effective_rank_follow_their_formulas(shape: tuple[int, int])
     assert rankme(torch.from_numpy(z)) == rankme(z)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "d"), [(400, 30), (25, 40)])
+def test_a_stream_gives_the_same_number(metric, n: int, d: int) -> None:
+    z = normal(n, d) * torch.linspace(0.01, 2, d, dtype=torch.float64) + 3
+    assert metric(streamed(z)) == pytest.approx(metric(z), rel=1e-8)
+
+
 def test_the_centred_measures_follow_their_formulas() -> None:
     z = normal(300, 20).numpy() * np.linspace(0.2, 2, 20) + 7
     eig = np.sort(np.linalg.eigvalsh(np.cov(z.T)))[::-1]
@@ -82,7 +101,7 @@ def test_rank_r_features_use_r_dimensions(rank: int) -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.3])
-@pytest.mark.parametrize("n", [400, 60_000])
+@pytest.mark.parametrize("n", [400, 20_000])
 def test_alpha_req_finds_the_exponent(exponent: float, n: int) -> None:
     if n > 400:  # sampled, not exact
         z = normal(n, 120) * torch.arange(1, 121, dtype=torch.float64) ** (-exponent / 2)
@@ -137,7 +156,6 @@ def test_constant_features_use_no_dimension_once_centred() -> None:
     assert report["participation_ratio"] == report["nesum"] == participation_ratio(z) == nesum(z) == 0
     assert report["rankme"] == pytest.approx(rankme(z), rel=1e-6) == pytest.approx(1, abs=1e-4)
     assert report["feature_std"] == pytest.approx(0, abs=1e-12)
-    assert "alpha_req" not in report
     assert collapse_report(torch.zeros(10, 4))["rankme"] == rankme(torch.zeros(10, 4)) == 0
 
 
@@ -153,11 +171,27 @@ def test_bad_features_are_refused(metric) -> None:
         metric(torch.zeros(0, 4))
 
 
+def test_lidar_and_alignment_of_a_stream_are_the_same() -> None:
+    views = normal(50, 1, 12) + 0.4 * normal(50, 5, 12, seed=1) + 2
+    scatter = ViewScatter(12, 5)
+    for batch_BVD in views.split(9):
+        scatter.update(batch_BVD)
+    assert lidar(scatter) == pytest.approx(lidar(views), rel=1e-8)
+    assert lidar(scatter, delta=0.5) == pytest.approx(lidar(views, delta=0.5), rel=1e-8) != lidar(views)
+    assert alignment(scatter) == pytest.approx(alignment(views), rel=1e-12)
+
+
 def test_bad_views_and_spectra_are_refused() -> None:
     with pytest.raises(InputError, match="at least 2 of each"):
         lidar(torch.zeros(10, 1, 4))
     with pytest.raises(InputError, match="NaN"):
         lidar(torch.full((10, 2, 4), torch.nan))
+    with pytest.raises(InputError, match="1 images were seen; at least 2 are needed"):
+        lidar(normal(1, 3, 4))
+    with pytest.raises(InputError, match="delta=0 is too small"):
+        lidar(normal(4, 2, 30), delta=0)
+    with pytest.raises(InputError, match=r"want shape \(images, 2, 4\), not \(5, 3, 4\)"):
+        ViewScatter(4, 2).update(torch.zeros(5, 3, 4))
     with pytest.raises(InputError, match="alpha_req: 2 positive eigenvalues"):
         alpha_req(normal(50, 5))
 
@@ -166,15 +200,54 @@ def test_bad_views_and_spectra_are_refused() -> None:
 def test_the_report_agrees_with_the_single_measures(n: int, d: int) -> None:
     z = (normal(n, d) * torch.linspace(0.5, 2, d, dtype=torch.float64) + 3).float()
     report = collapse_report(z)
-    for metric in (rankme, effective_rank, alpha_req, participation_ratio, nesum):
+    for metric in METRICS:
         assert report[metric.__name__] == pytest.approx(metric(z), rel=1e-8), metric.__name__
+    assert report["alpha_req_range"] == list(alpha_req(z).fit_range)
+    assert report["alpha_req_r2"] == pytest.approx(alpha_req(z).r2)
     assert report["feature_std"] == pytest.approx(float(z.double().std(0).mean()), rel=1e-12)
-    assert (report["dimension"], report["samples"]) == (d, n)
-    stream = CovarianceAccumulator(d)
-    for batch in z.split(7):
-        stream.update(batch)
-    for name, value in collapse_report(stream).items():
-        assert value == pytest.approx(report[name], rel=1e-8), name
+    assert report["unit_std_relative"] == pytest.approx(unit_std(z) * d**0.5)
+    assert report["uniformity"] == uniformity(z)
+    assert (report["dimension"], report["samples"], report["dead_dimensions"]) == (d, n, 0)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    of_stream = collapse_report(streamed(z))
+    assert report.keys() - of_stream.keys() == {"uniformity"}
+    for name, value in of_stream.items():
+        assert value == report[name] if name == "notes" else value == pytest.approx(report[name], rel=1e-8), name
+
+
+def test_the_report_of_views() -> None:
+    views = normal(30, 4, 6)
+    report = collapse_report(views.flatten(0, 1), views)
+    assert (report["lidar"], report["alignment"]) == (lidar(views), alignment(views))
+    assert report == collapse_report(views.flatten(0, 1), ViewScatter.of(views))
+
+
+@pytest.mark.parametrize(
+    ("features", "notes"),
+    [
+        (normal(300, 40), []),
+        (normal(20, 40), ["20 images span at most 19 of 40 dimensions once centred: compare ranks at .* only"]),
+        (normal(50, 5), ["alpha_req is undefined: 2 positive eigenvalues in the range .*; 3 are needed"]),
+        (torch.full((30, 8), 0.1), ["the features are the same for all images: .*", "alpha_req is undefined: 0 .*"]),
+        (torch.zeros(30, 8), ["the features are the same for all images: .*", "alpha_req is undefined: 0 .*"]),
+        (normal(1, 8), ["one image has no spread: .*", "alpha_req is undefined: 0 .*"]),
+    ],
+)
+def test_what_is_undefined_is_absent_and_said(features: torch.Tensor, notes: list[str]) -> None:
+    report = collapse_report(features)
+    assert len(report["notes"]) == len(notes)
+    for note, pattern in zip(report["notes"], notes, strict=True):
+        assert re.fullmatch(pattern, note), note
+    assert ("alpha_req" in report) == (not any("alpha_req" in note for note in notes))
+    json.dumps(report, allow_nan=False)
+
+
+def test_features_that_are_not_numbers_are_refused() -> None:
+    bad = normal(10, 20)
+    bad[3, 2] = torch.inf
+    for features in (bad, streamed(bad)):
+        with pytest.raises(InputError, match="rows hold NaN or infinite"):
+            collapse_report(features)
 
 
 def test_weight_report() -> None:
@@ -187,3 +260,10 @@ def test_weight_report() -> None:
     w = encoder[0].weight.detach().double().flatten(1).numpy()
     assert report["0.weight"]["orthogonality_error"] == pytest.approx(np.linalg.norm(w @ w.T - np.eye(8)), rel=1e-10)
     assert report["0.weight"]["stable_rank"] == pytest.approx(stable_rank(w), rel=1e-10)
+
+
+def test_grouped_convolutions_are_a_matrix_per_group() -> None:
+    encoder = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 16, 1))
+    expected = OrthogonalityRegularizer(encoder, OrthogonalityConfig(penalty="so", weight=1)).errors()
+    report = weight_report(encoder)
+    assert {name: row["orthogonality_error"] for name, row in report.items()} == pytest.approx(expected, rel=1e-5)

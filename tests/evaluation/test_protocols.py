@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from test_features import NORMAL, Encoder, image_set
+from test_features import MEAN, NORMAL, Encoder, image_set
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation import protocols
+from hf_ssl_or.evaluation.base import Protocol
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.knn import KnnProtocol, knn_accuracy
 from hf_ssl_or.evaluation.linear_probe import GradientProtocol
@@ -24,9 +26,12 @@ from hf_ssl_or.evaluation.protocols import (
     get_protocol,
     judge_features,
 )
+from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.structures import ViewSpec
 
 HASHES = {
+    "few-shot": "6b1dfe610c4f",
+    "fine-tune": "8696090e8486",
     "knn": "53a583e01993",
     "knn-t0.1": "f5e0fa92457b",
     "linear-averaged-views": "b5b52dbe1743",
@@ -36,7 +41,14 @@ HASHES = {
 
 
 def test_all_protocols_are_found_by_name() -> None:
-    assert available_protocols() == ["knn", "knn-t0.1", "linear-averaged-views", "linear-lbfgs", "linear-sgd"]
+    assert available_protocols() == [
+        "few-shot",
+        "knn",
+        "knn-t0.1",
+        "linear-averaged-views",
+        "linear-lbfgs",
+        "linear-sgd",
+    ]
     assert all(get_protocol(name).name == name for name in available_protocols())
     with pytest.raises(InputError, match="unknown evaluation protocol 'linear_sgd': did you mean 'linear-sgd'"):
         get_protocol("linear_sgd")
@@ -156,3 +168,26 @@ def test_raw_pixels_of_cifar10(real_data: Path) -> None:
     train, test = (load_images(arguments, split) for split in ("train", "test"))
     accuracy = knn_accuracy(pixel_features(train), train.labels, pixel_features(test), test.labels, k=20)
     assert 24 < accuracy["top1_k20"] < 36
+
+
+class CountImages(Protocol):
+    """A protocol that looks at images: gives their numbers and the seed."""
+
+    seeded: ClassVar[bool] = True
+
+    def run_on_images(self, encoder, train, test, *, seed, **options) -> dict[str, float]:
+        assert options["mean"] == MEAN and options["device"] == "cpu" and "image_size" in options
+        return {"top1": float(len(train) + 100 * len(test) + 10_000 * seed)}
+
+
+def test_a_protocol_may_judge_images(monkeypatch) -> None:
+    monkeypatch.setattr(protocols, "_PROTOCOLS", {"count": CountImages(name="count")})
+    arguments = EvaluationArguments(protocols=["count"], seeds=[0, 1], train_limit=30)
+    encoder = create_encoder("resnet18", image_size=12, channels=[8, 8, 8, 8], stem="small")
+    (entry,) = evaluate_encoder(encoder, image_set(40), image_set(15), arguments, **NORMAL)["evaluations"]
+    assert (
+        entry["metrics"]["top1"]["values"] == [1530, 11530]
+        and entry["protocol_hash"] == CountImages(name="count").hash
+    )
+    with pytest.raises(InputError, match="count: trains encoders of this package only, not Encoder"):
+        run(arguments)

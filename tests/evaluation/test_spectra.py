@@ -1,15 +1,13 @@
-"""Streaming moments against numpy, spectra against the definition, and which weights are drawn."""
+"""Streaming moments against numpy, spectra against the definition."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import nn
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, feature_spectrum, select_weights, weight_spectra
+from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, eigenvalues, normalised_eigenvalues
 
 
 def features(n: int = 500, d: int = 12) -> torch.Tensor:
@@ -34,6 +32,9 @@ def test_streaming_equals_numpy(sizes: int | list[int]) -> None:
     np.testing.assert_allclose(stream.covariance_DD, covariance, rtol=1e-8, atol=1e-12)  # mean 1000 does not cancel
     np.testing.assert_allclose(stream.second_moment_DD, z.numpy().T @ z.numpy() / 500, rtol=1e-12)
     np.testing.assert_allclose(stream.eigenvalues(), np.linalg.eigvalsh(covariance)[::-1], rtol=1e-8)
+    unit = (z / z.norm(dim=1, keepdim=True)).numpy()
+    np.testing.assert_allclose(stream.unit_mean_D, unit.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(stream.unit_scatter_D, 499 * unit.var(0, ddof=1), rtol=1e-8)
 
 
 def test_rounding_is_no_direction() -> None:
@@ -44,6 +45,15 @@ def test_rounding_is_no_direction() -> None:
     assert int((CovarianceAccumulator.of(torch.randn(20, 100)).eigenvalues() > 0).sum()) == 19
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_few_rows_have_the_eigenvalues_of_the_whole_covariance(centred: bool) -> None:
+    z = features(20, 50)
+    short, whole = eigenvalues(z, centred=centred), CovarianceAccumulator.of(z).eigenvalues(centred=centred)
+    torch.testing.assert_close(short, whole, rtol=1e-8, atol=1e-8 * float(whole[0]))
+    assert int((short > 0).sum()) == int((whole > 0).sum()) == (19 if centred else 20)
+    assert int((eigenvalues(torch.full((5, 9), 0.1)) > 0).sum()) == 0
+
+
 def test_bad_streams_are_refused() -> None:
     accumulator = CovarianceAccumulator(4)
     with pytest.raises(InputError, match="no images"):
@@ -51,38 +61,17 @@ def test_bad_streams_are_refused() -> None:
     with pytest.raises(InputError, match=r"\(images, 4\)"):
         accumulator.update(torch.zeros(3, 5))
     accumulator.update(torch.full((3, 4), torch.inf))
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with pytest.raises(InputError, match="^features: some rows hold NaN or infinite"):
         accumulator.eigenvalues()
+    accumulator.name = "hidden/stage2"
+    with pytest.raises(InputError, match="^hidden/stage2: some rows"):
+        normalised_eigenvalues(accumulator, "ignored")
 
 
-def test_feature_spectrum_is_normalised() -> None:
+def test_spectra_are_normalised() -> None:
     z = features()
     eig = np.linalg.eigvalsh(np.cov(z.numpy().T))[::-1]
-    np.testing.assert_allclose(feature_spectrum(z), eig / eig[0], rtol=1e-8)
-    assert not feature_spectrum(torch.ones(10, 3)).any()
-
-
-def test_resnets_show_the_last_convolution_of_each_stage() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.encoder = timm.create_model(name, num_classes=0)
-
-    stages = [f"encoder.layer{i}" for i in (1, 2, 3, 4)]
-    r18, r50 = select_weights(Wrapped("resnet18")), select_weights(timm.create_model("resnet50", num_classes=0))
-    assert list(r18) == [f"{stage}.1.conv2.weight" for stage in stages]
-    assert list(r50) == [f"layer{i}.{n}.conv3.weight" for i, n in ((1, 2), (2, 3), (3, 5), (4, 2))]
-    assert r18["encoder.layer4.1.conv2.weight"].shape == (512, 512 * 9)
-
-
-def test_transformers_show_first_middle_and_last_block() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=5, img_size=32)
-    assert list(select_weights(vit)) == [f"blocks.{i}.{n}.weight" for i in (0, 2, 4) for n in ("attn.proj", "mlp.fc2")]
-
-
-def test_weight_spectra_take_inputs_as_samples() -> None:
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
-    spectra = weight_spectra(encoder)
-    assert list(spectra) == ["0.weight", "2.weight"]
-    eig = np.linalg.eigvalsh(np.cov(encoder[0].weight.detach().double().flatten(1).numpy()))[::-1]
-    np.testing.assert_allclose(spectra["0.weight"], eig / eig[0], rtol=1e-10)
+    np.testing.assert_allclose(normalised_eigenvalues(z), eig / eig[0], rtol=1e-8)
+    np.testing.assert_array_equal(normalised_eigenvalues(CovarianceAccumulator.of(z)), normalised_eigenvalues(z))
+    assert not normalised_eigenvalues(torch.ones(10, 3)).any()
+    assert (normalised_eigenvalues(features(20, 50)) == 0).sum() == 31, "19 of 50 are positive"

@@ -11,8 +11,10 @@ from hf_ssl_or.methods.terms import (
     global_mean,
     info_nce,
     mean_of_others,
+    mean_of_pairs,
     negative_cosine,
     product_split,
+    similarities,
     standardise,
     variance_hinge,
 )
@@ -28,10 +30,17 @@ def close(a, b, tolerance=1e-12):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_mean_of_others(z_VND):
-    for view in range(3):
-        others = torch.stack([z_VND[u] for u in range(3) if u != view])
-        close(mean_of_others(z_VND)[view], others.mean(0))
+@pytest.mark.parametrize("views", [2, 3])
+def test_mean_of_others(z_VND, views):
+    for view in range(views):
+        others = torch.stack([z_VND[u] for u in range(views) if u != view])
+        close(mean_of_others(z_VND[:views])[view], others.mean(0))
+
+
+def test_mean_of_pairs():
+    x_VUN = torch.arange(27.0).view(3, 3, 3)
+    pairs = [x_VUN[v, u] for v in range(3) for u in range(3) if u != v]
+    close(mean_of_pairs(x_VUN), torch.stack(pairs).mean(), 1e-6)
 
 
 def test_standardise_is_batch_norm_of_each_view(z_VND):
@@ -59,6 +68,14 @@ def test_product_split_equals_the_explicit_matrix_with_gradient(images, dim, sam
     close(torch.autograd.grad(value(*split), inputs), torch.autograd.grad(value(*expected), inputs), 1e-10)
 
 
+@pytest.mark.parametrize(("images", "dim"), [(3, 5), (5, 3)])
+def test_product_split_has_the_gradient_of_differences(images, dim):
+    torch.manual_seed(2)
+    a, b = torch.randn(2, 2, images, dim, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(product_split, (a, b))
+    assert torch.autograd.gradcheck(lambda a: product_split(a, a), (a,))
+
+
 @pytest.mark.parametrize(("images", "dim", "largest"), [(4, 64, 4), (64, 4, 4)])
 def test_product_split_never_makes_the_larger_matrix(images, dim, largest):
     sizes = []
@@ -77,7 +94,29 @@ def test_variance_hinge():
 def test_negative_cosine_is_the_mean_over_ordered_pairs(z_VND):
     target = torch.randn(3, 6, 5, dtype=torch.float64)
     pairs = [F.cosine_similarity(z_VND[v], target[u], dim=-1) for v in range(3) for u in range(3) if u != v]
-    close(negative_cosine(z_VND, target), -torch.stack(pairs).mean())
+    loss, expected = negative_cosine(z_VND, target), -torch.stack(pairs).mean()
+    close(loss, expected)
+    close(torch.autograd.grad(loss, z_VND), torch.autograd.grad(expected, z_VND))
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_similarities_equal_their_formula_and_have_the_gradient_of_differences(views):
+    torch.manual_seed(3)
+    z_VND = torch.randn(views, 4, 5, dtype=torch.float64, requires_grad=True)
+    positives_VUN, negatives_VN = similarities(z_VND, 0.5)
+    s = F.cosine_similarity(z_VND[:, :, None, None], z_VND[None, None], dim=-1) / 0.5  # (V, N, V, N)
+    for n in range(4):
+        close(positives_VUN[:, :, n], s[:, n, :, n])
+        others = [m for m in range(4) if m != n]
+        close(negatives_VN[:, n], s[:, n, :, others].exp().sum((1, 2)).log())
+    assert torch.autograd.gradcheck(similarities, (z_VND, 0.5))
+
+
+def test_gradients_by_hand_refuse_to_be_differentiated_again(z_VND):
+    for value in (similarities(z_VND, 0.5)[1], product_split(z_VND, z_VND)[1], product_split(z_VND.mT, z_VND.mT)[1]):
+        (gradient,) = torch.autograd.grad(value.square().sum(), z_VND, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def info_nce_by_loops(z_VND, temperature):
@@ -108,6 +147,15 @@ def test_info_nce_equals_its_formula_with_gradient(views, temperature):
     expected_loss, expected_cosine = info_nce_by_loops(z_VND, temperature)
     close((loss, cosine), (expected_loss, expected_cosine.detach()))
     close(torch.autograd.grad(loss, z_VND), torch.autograd.grad(expected_loss, z_VND), 1e-10)
+
+
+def test_info_nce_is_exact_at_small_temperatures():
+    torch.manual_seed(4)
+    z_VND = torch.randn(2, 8, 5, requires_grad=True)
+    loss = info_nce(z_VND, 0.005)[0]
+    expected = info_nce(z_VND.double(), 0.005)[0]
+    close(loss.double(), expected, 1e-5)
+    close(torch.autograd.grad(loss, z_VND), torch.autograd.grad(expected, z_VND), 1e-3)
 
 
 def test_info_nce_of_perfect_and_of_collapsed_embeddings():

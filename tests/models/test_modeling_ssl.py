@@ -16,9 +16,11 @@ from hf_ssl_or.models import (
     SSLResNetConfig,
     SSLResNetForImageClassification,
     SSLResNetModel,
+    SSLViTBackbone,
     SSLViTConfig,
     SSLViTModel,
 )
+from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 
 SLIM = [8, 16, 32, 64]
@@ -311,3 +313,68 @@ def test_copies_and_pickles(make_config, images_BCHW: torch.Tensor) -> None:
     model = AutoModel.from_config(make_config()).eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(images_BCHW).pooler_output, model(images_BCHW).pooler_output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A vision transformer that sees some of the patches
+
+
+def small_vit(**options) -> SSLViTModel:
+    return create_encoder("vit_tiny", image_size=32, patch_size=8, depth=2, **options).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"class_token": False, "pooling": "avg"}])
+def test_kept_patches_are_all_that_is_seen(options, images_BCHW: torch.Tensor) -> None:
+    model = small_vit(**options)
+    net = model.timm_model
+    kept = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(4)])
+    output = model(images_BCHW, output_hidden_states=True, kept_patches=kept)
+    tokens = net._pos_embed(net.patch_embed(images_BCHW))
+    prefix = net.num_prefix_tokens
+    x = torch.stack([torch.cat([t[:prefix], t[prefix + k]]) for t, k in zip(tokens, kept, strict=True)])
+    assert torch.equal(output.hidden_states[0], x)
+    x = net.norm(net.blocks(x))
+    torch.testing.assert_close(output.last_hidden_state, x)
+    torch.testing.assert_close(output.pooler_output, net.forward_head(x, pre_logits=True))
+
+
+def test_keeping_all_patches_changes_nothing(images_BCHW: torch.Tensor) -> None:
+    model = small_vit()
+    every = torch.arange(16).expand(4, -1)
+    assert torch.equal(model(images_BCHW, kept_patches=every).last_hidden_state, model(images_BCHW).last_hidden_state)
+    shuffled = model(images_BCHW, kept_patches=every.flip(1))
+    torch.testing.assert_close(shuffled.pooler_output, model(images_BCHW).pooler_output)
+    wide = torch.cat([images_BCHW, images_BCHW], dim=3)  # positions are resampled, then chosen
+    kept = torch.tensor([[31, 0]]).expand(4, -1)
+    assert model(wide, kept_patches=kept).last_hidden_state.shape == (4, 3, 192)
+
+
+def test_checkpointing_with_kept_patches_changes_nothing(images_BCHW: torch.Tensor) -> None:
+    plain = small_vit().train()
+    frugal = copy.deepcopy(plain)
+    frugal.activation_checkpointing_enable({"use_reentrant": False})
+    kept = torch.tensor([[3, 1, 12]]).expand(4, -1)
+    for model in (plain, frugal):
+        model(images_BCHW, kept_patches=kept).last_hidden_state.square().sum().backward()
+    for p, q in zip(plain.parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_wrong_choice_of_patches_is_refused(images_BCHW: torch.Tensor) -> None:
+    kept = torch.tensor([[0, 1]]).expand(4, -1)
+    for wrong in (kept[:3], kept[0]):
+        with pytest.raises(ValueError, match=r"kept_patches: expected shape \(4, kept\)"):
+            small_vit()(images_BCHW, kept_patches=wrong)
+    with pytest.raises(ValueError, match="kept_patches: patch_drop_rate has dropped others"):
+        small_vit(patch_drop_rate=0.5)(images_BCHW, kept_patches=kept)
+    with pytest.raises(ValueError, match="kept_patches: resnet18 takes whole images"):
+        SSLResNetModel(SSLResNetConfig(channels=SLIM))(images_BCHW, kept_patches=kept)
+
+
+def test_feature_maps_want_all_patches(images_BCHW: torch.Tensor) -> None:
+    model = small_vit()
+    output = model(images_BCHW, output_hidden_states=True, kept_patches=torch.tensor([[0, 1]]).expand(4, -1))
+    with pytest.raises(ValueError, match="all 16 patches, not 2"):
+        model.feature_map(output, 2, images_BCHW.shape[-2:])
+    with pytest.raises(TypeError, match="kept_patches"):
+        SSLViTBackbone(model.config)(images_BCHW, kept_patches=torch.tensor([[0, 1]]).expand(4, -1))

@@ -1,0 +1,170 @@
+"""The proof of an export: the lines that its README shows, run in a fresh process that cannot import this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_ssl_or.data.shapes import ShapesSource
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.hub.portable import Lines, Portable
+
+TOLERANCE = 1e-5
+_IMAGES, _TIMEOUT = 4, 900
+_SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
+
+_STRANGER = """
+import json, sys
+sys.modules["hf_ssl_or"] = None
+import numpy as np, torch
+from PIL import Image
+
+folder = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))
+given, found = np.load(folder + "/given.npz"), {}
+
+def plain(values):
+    return values.numpy() if torch.is_tensor(values) else np.asarray(values)
+
+for i, lines in enumerate(json.load(open(folder + "/lines.json"))):
+    names = {}
+    exec("\\n".join(lines["imports"]), names)
+    exec(lines["load"], names)
+    for picture in [key for key in given.files if key.startswith("picture")]:
+        names["image"] = Image.fromarray(given[picture])
+        exec(lines["prepare"], names)
+        found[f"{i}/{picture}"] = plain(names["pixel_values"])[0]
+    for kind in ("random", "real"):
+        if kind in given.files:
+            names["pixel_values"] = torch.from_numpy(given[kind]) if "torch" in names else given[kind]
+            exec(lines["call"], names)
+            for what in ("features", "logits"):
+                if what in names:
+                    found[f"{i}/{kind}/{what}"] = plain(names.pop(what))
+np.savez(folder + "/found.npz", **found)
+"""
+
+
+def compare(
+    portable: Portable, folder: Path, every: Sequence[Lines], pictures: Sequence[np.ndarray] | None = None
+) -> dict[str, dict[str, float]]:
+    """Compares what libraries give from a folder with what the encoder gives here.
+
+    Args:
+        portable: The encoder.
+        folder: What was written for the libraries.
+        every: The lines of each library.
+        pictures: Real images, each (H, W, 3) or (H, W) uint8; None takes drawings of the built-in image set.
+
+    Returns:
+        For each library the largest difference of "features", and where they exist of "logits" and "pixels": that of
+        the prepared images, as a share of the range of values. Differences of features and logits are relative to the
+        largest one where that exceeds 1.
+
+    Raises:
+        InputError: The lines fail, or a difference is above 1e-5 (for pixels: more than one of 256 levels).
+    """
+    given = _given(portable, pictures)
+    expected = _expected(portable, given)
+    with tempfile.TemporaryDirectory(prefix="hf-ssl-or-parity-") as name:
+        work = Path(name)
+        np.savez(work / "given.npz", **cast(Any, given))
+        (work / "lines.json").write_text(json.dumps([_in_folder(lines, folder) for lines in every]))
+        _run(work, portable.name, every)
+        with np.load(work / "found.npz") as file:
+            found = dict(file)
+    differences: dict[str, dict[str, float]] = {lines.library: {} for lines in every}
+    for key, value in found.items():
+        i, _, rest = key.partition("/")
+        what, difference = _difference(portable, rest, expected[rest], value)
+        of_library = differences[every[int(i)].library]
+        of_library[what] = max(of_library.get(what, 0.0), difference)
+    for library, values in differences.items():
+        _check(portable.name, library, values, expected.keys())
+    return differences
+
+
+def _given(portable: Portable, pictures: Sequence[np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Gives noise (B, C, S, S), pictures, and pictures as the encoder's own image processor prepares them."""
+    size, channels = portable.config.image_size, portable.config.num_channels
+    noise_BCHW = np.random.default_rng(0).standard_normal((_IMAGES, channels, size, size)).astype(np.float32)
+    given = {"random": noise_BCHW}
+    if channels in (1, 3):
+        if pictures is None:
+            source = ShapesSource(_IMAGES, seed=0, size=2 * size + 1)
+            pictures = [source.read(i) for i in range(_IMAGES)]
+        mode = "RGB" if channels == 3 else "L"
+        images = [Image.fromarray(picture).convert(mode) for picture in pictures]
+        given |= {f"picture{i}": np.asarray(image) for i, image in enumerate(images)}
+        given["real"] = portable.processor(images, return_tensors="pt").pixel_values.numpy()
+    return given
+
+
+@torch.no_grad()
+def _expected(portable: Portable, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    expected = {}
+    for kind in ("random", "real"):
+        if kind not in given:
+            continue
+        pixels_BCHW = torch.from_numpy(given[kind])
+        expected[f"{kind}/features"] = portable.encoder(pixels_BCHW).pooler_output.numpy()
+        if portable.labels is not None:
+            expected[f"{kind}/logits"] = portable.model(pixels_BCHW).logits.numpy()
+    for i, pixels_CHW in enumerate(given.get("real", ())):
+        expected[f"picture{i}"] = pixels_CHW
+    return expected
+
+
+def _difference(portable: Portable, key: str, expected: np.ndarray, found: np.ndarray) -> tuple[str, float]:
+    if expected.shape != found.shape:
+        return key.rpartition("/")[2], float("inf")
+    difference = np.abs(expected - found)
+    if key.startswith("picture"):
+        return "pixels", float((difference * np.reshape(portable.pixels["image_std"], (-1, 1, 1))).max())
+    return key.rpartition("/")[2], float(difference.max() / max(1.0, np.abs(expected).max()))
+
+
+def _check(name: str, library: str, differences: dict[str, float], expected: Any) -> None:
+    wanted = {"pixels" if key.startswith("picture") else key.rpartition("/")[2] for key in expected}
+    for what in sorted(wanted):
+        allowed = 1.01 / 255 if what == "pixels" else TOLERANCE
+        if not differences.get(what, float("inf")) <= allowed:
+            raise InputError(
+                f"{name}: {library} gives other {what} (by {differences.get(what, float('inf')):.1e}, at most "
+                f"{allowed:.0e} is allowed), so it cannot express this encoder; nothing was written"
+            )
+
+
+def _in_folder(lines: Lines, folder: Path) -> dict[str, str]:
+    return {**lines._asdict(), "load": at(lines.load, str(folder.resolve()))}
+
+
+def at(code: str, folder: str) -> str:
+    """Puts a folder into lines of Python, inside a string."""
+    return code.replace("FOLDER", json.dumps(folder, ensure_ascii=False)[1:-1])
+
+
+def _run(work: Path, name: str, every: Sequence[Lines]) -> None:
+    """Runs the lines without this package, without network, token and accelerator."""
+    environment = {key: value for key, value in os.environ.items() if key not in _SECRET}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_MODULES_CACHE": str(work / "code"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-I", "-c", _STRANGER, str(work), str(torch.get_num_threads())]
+    libraries = " and ".join(lines.library for lines in every)
+    try:
+        result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{name}: the check with {libraries} did not end within {_TIMEOUT} s") from error
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1].strip()
+        raise InputError(f"{name}: {libraries} cannot load it in a fresh process: {last[:300]}; nothing was written")

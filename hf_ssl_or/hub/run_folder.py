@@ -1,0 +1,160 @@
+"""What of a run may leave the machine, and nothing else: a list of what is taken, never of what is left out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.hub.facts import hub_dataset, without_paths
+from hf_ssl_or.hub.proof import prove
+from hf_ssl_or.hub.secrecy import refuse_secrets, scrubbed_text
+from hf_ssl_or.hub.to_timm import add_timm_files
+from hf_ssl_or.hub.weights import WEIGHTS, weight_files, weights_sha256
+from hf_ssl_or.models import auto
+
+_CODE = tuple(path.name for path in Path(auto.__file__).parent.glob("*_ssl*.py"))
+_SETTINGS = ("config.json", "preprocessor_config.json")
+_CARD_FILES = ("README.md", "recipe.yaml", "results.json")
+_OF_IMAGES = ("views", "neighbours")  # figures that show images of the data set
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statements:
+    """What only the user can say about an encoder.
+
+    Attributes:
+        license: The Hub's identifier of the model's licence, say "apache-2.0".
+        data_license: The licence of the training images in any words.
+    """
+
+    license: str | None = None
+    data_license: str | None = None
+
+
+def collect(run_folder: Path, to: Path, *, repo_id: str, statements: Statements) -> None:
+    """Copies what is to be pushed, and proves that it is what the run made.
+
+    Args:
+        run_folder: A run that has written its encoder.
+        to: An empty folder, which becomes the repository's content.
+        repo_id: The repository, for the card.
+        statements: Licences, for the card.
+
+    Raises:
+        InputError: The run holds no encoder, its results are of another encoder, the copy gives other features, or a
+            file holds a secret.
+        OSError: The disk is full.
+    """
+    encoder = _encoder_folder(run_folder)
+    _check_results(run_folder, encoder)
+    _copy_encoder(encoder, to)
+    if (to / WEIGHTS).is_file():  # timm reads no shards
+        add_timm_files(to)
+    prove(to, encoder)
+    _write_card(run_folder, to, repo_id, statements)
+    _copy_figures(run_folder, to)
+    files = {path.relative_to(to).as_posix(): path for path in sorted(to.rglob("*")) if path.is_file()}
+    refuse_secrets(files, run_folder)
+
+
+@contextmanager
+def run_at_checkpoint(run_folder: Path, checkpoint: Path, template: Path) -> Iterator[Path]:
+    """Gives a run that is under way the form of one that ended at a checkpoint and was not judged.
+
+    Args:
+        run_folder: The run.
+        checkpoint: One of its checkpoints.
+        template: An encoder of the run with any weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf-ssl-or-push-") as name:
+        folder = Path(name) / run_folder.resolve().name
+        shutil.copytree(template, folder / "encoder", ignore=shutil.ignore_patterns("*.safetensors*"))
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "encoder" / "config.json").read_text(encoding="utf-8"))
+        config["pretraining"]["steps"] = state["step"]
+        (folder / "encoder" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        with safe_open(checkpoint / "method.safetensors", framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith("encoder.")]  # noqa: SIM118 - no mapping
+            weights = {name.removeprefix("encoder."): tensors.get_tensor(name) for name in names}
+        save_torch_state_dict(weights, folder / "encoder", max_shard_size=SHARD_SIZE)
+        for file in ("recipe.yaml", "metrics.jsonl"):
+            if (run_folder / file).is_file():
+                shutil.copyfile(run_folder / file, folder / file)
+        yield folder
+
+
+def _encoder_folder(run_folder: Path) -> Path:
+    if not run_folder.is_dir():
+        raise InputError(f"{run_folder}: there is no such folder; give one that hf-ssl-or train made")
+    encoder = run_folder / "encoder"
+    for file in (run_folder / "recipe.yaml", *(encoder / name for name in _SETTINGS)):
+        if not file.is_file():
+            raise InputError(
+                f"{run_folder}: there is no encoder to push ({file.relative_to(run_folder)} is missing); let "
+                "hf-ssl-or train end there first"
+            )
+    return encoder
+
+
+def _check_results(run_folder: Path, encoder: Path) -> None:
+    """Refuses results that were measured on other weights; a run without results has nothing to check."""
+    path, found = run_folder / "results.json", weights_sha256(encoder)
+    if not path.is_file():
+        return
+    try:
+        judged = json.loads(path.read_text(encoding="utf-8")).get("weights_sha256")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if judged != found:
+        what = "does not say which weights it judged" if judged is None else "is of another encoder than encoder/"
+        raise InputError(f"{path}: {what}; hf-ssl-or train {run_folder} --resume measures anew; nothing was pushed")
+
+
+def _copy_encoder(encoder: Path, to: Path) -> None:
+    """Copies settings, weights, and the code that this package saves with an encoder."""
+    for name in _SETTINGS:
+        try:
+            settings = json.loads((encoder / name).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{encoder / name}: cannot be read: {error}") from error
+        (to / name).write_text(json.dumps(without_paths(settings), indent=2, sort_keys=True) + "\n")
+    code = [encoder / name for name in _CODE if (encoder / name).is_file()]
+    weights = weight_files(encoder)
+    index = [] if weights == [encoder / WEIGHTS] else [encoder / auto.SHARD_INDEX]
+    for file in (*code, *weights, *index):
+        if file.is_symlink():
+            raise InputError(f"{file}: is a link, which is not followed; put the file itself there")
+        shutil.copyfile(file, to / file.name)
+
+
+def _write_card(run_folder: Path, to: Path, repo_id: str, statements: Statements) -> None:
+    from hf_ssl_or.hub.card import card_files
+
+    stated: dict[str, Any] = {"license": statements.license, "data_license": statements.data_license}
+    for path, content in card_files(run_folder, repo_id=repo_id, **stated).items():
+        if path in _CARD_FILES or path.startswith(".eval_results/"):
+            (to / path).parent.mkdir(exist_ok=True)
+            (to / path).write_text(scrubbed_text(content.decode(), run_folder), encoding="utf-8")
+
+
+def _copy_figures(run_folder: Path, to: Path) -> None:
+    """Copies the figures; those that show images of somebody's own folder stay at home."""
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    dataset = recipe["data"]["dataset"]
+    public = dataset == "shapes" or hub_dataset(dataset) is not None
+    for figure in sorted((run_folder / "figures").glob("*.png")):
+        if figure.is_file() and not figure.is_symlink() and (public or not figure.stem.startswith(_OF_IMAGES)):
+            (to / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(figure, to / "figures" / figure.name)

@@ -1,0 +1,79 @@
+"""ONNX: the graph of any encoder, for batches of any size; images have the side that it was pretrained on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.hub.portable import Lines, Portable, write_json
+
+
+class _Outputs(nn.Module):
+    """Features of images, and logits where there is a head, as a tuple."""
+
+    def __init__(self, portable: Portable) -> None:
+        super().__init__()
+        self.encoder: Any = portable.encoder
+        self.classifier = None if portable.labels is None else portable.model.classifier
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        features_BF = self.encoder(pixel_values).pooler_output
+        return (features_BF,) if self.classifier is None else (features_BF, self.classifier(features_BF))
+
+
+def write(portable: Portable, folder: Path) -> list[Lines]:
+    """Writes `model.onnx` with the input `pixel_values` and the outputs `features` and, of a head, `logits`.
+
+    Raises:
+        InputError: The packages of the extra `onnx` are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--to onnx: {error.name} is not installed; pip install 'hf-ssl-or[onnx]'") from error
+    size, channels = portable.config.image_size, portable.config.num_channels
+    outputs = ["features"] if portable.labels is None else ["features", "logits"]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Outputs(portable).eval(),
+            (torch.zeros(2, channels, size, size),),
+            folder / "model.onnx",
+            input_names=["pixel_values"],
+            output_names=outputs,
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    write_json(folder / "config.json", portable.describe())
+    return [_lines(portable, outputs)]
+
+
+def _lines(portable: Portable, outputs: list[str]) -> Lines:
+    pixels = portable.pixels
+    size, channels = pixels["image_size"], pixels["num_channels"]
+    names = "(features,)" if outputs == ["features"] else ", ".join(outputs)
+    return Lines(
+        library="ONNX Runtime",
+        packages="onnxruntime pillow",
+        imports=("import numpy as np", "import onnxruntime", "from PIL import Image"),
+        load='session = onnxruntime.InferenceSession("FOLDER/model.onnx", providers=["CPUExecutionProvider"])\n',
+        prepare=(
+            f"mean = np.array({pixels['image_mean']}, dtype=np.float32)\n"
+            f"std = np.array({pixels['image_std']}, dtype=np.float32)\n"
+            f"image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)\n"
+            f"pixels = np.asarray(image, dtype=np.float32).reshape({size}, {size}, {channels}) / 255\n"
+            "pixel_values = ((pixels - mean) / std).transpose(2, 0, 1)[None]\n"
+        ),
+        call=f'{names} = session.run(None, {{"pixel_values": pixel_values}})\n',
+    )

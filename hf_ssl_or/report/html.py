@@ -1,0 +1,143 @@
+"""One page of one or more runs: a single file that needs no network, with the figures inside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.report import tables
+from hf_ssl_or.report.curves import draw_collapse, draw_losses, draw_throughput
+from hf_ssl_or.report.pictures import check_umap, draw_embedding, draw_neighbours
+from hf_ssl_or.report.reading import Run, clean, read_runs
+from hf_ssl_or.report.spectra import draw_spectra_compared, draw_spectra_of_runs
+from hf_ssl_or.report.style import Drawn, page_colors, style
+from hf_ssl_or.report.weights import draw_errors, draw_filters
+
+_PAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A picture of views that one or more runs share."""
+
+    names: list[str]
+    source: str
+
+
+def write_report(
+    folders: Sequence[Path], *, output: Path | None = None, figures: Path | None = None, umap: bool = False
+) -> tuple[Path, list[Path]]:
+    """Draws the figures of runs and writes one HTML page.
+
+    Args:
+        folders: Folders of 1 to 10 runs, finished or not.
+        output: The page; None writes `report.html` into the folder of one run, or into the current one.
+        figures: Where PNG and SVG files go; None takes `figures/` in the folder of one run, or beside the page.
+        umap: Also draws features by UMAP.
+
+    Returns:
+        The page, and the figures' files.
+
+    Raises:
+        InputError: A folder is no run's, there are too many, UMAP is missing, or a file cannot be written.
+    """
+    if umap:
+        check_umap()
+    runs = read_runs(folders)
+    alone = runs[0].folder if len(runs) == 1 else None
+    output = output or (alone or Path()) / "report.html"
+    figures = figures or (alone or output.parent) / "figures"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figures.mkdir(parents=True, exist_ok=True)
+        sections = draw_figures(runs, figures, umap=umap)
+        output.write_text(render_page(runs, sections, base=output.parent), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
+    return output, [file for drawn in sections.values() for figure in drawn for file in figure.files]
+
+
+def draw_figures(runs: Sequence[Run], folder: Path, *, umap: bool = False) -> dict[str, list[Drawn]]:
+    """Draws whatever the runs hold, by section of the page."""
+    with style():
+        sections: dict[str, list[Drawn | None]] = {
+            "training": [draw_losses(runs, folder), draw_throughput(runs, folder)],
+            "collapse": [draw_collapse(runs, folder)],
+            "spectra": [draw_spectra_compared(runs, folder), draw_spectra_of_runs(runs, folder)],
+            "weights": [draw_errors(runs, folder), draw_filters(runs, folder)],
+            "pictures": [*_neighbours(runs, folder), *draw_embedding(runs, folder, umap=umap)],
+        }
+    return {name: [figure for figure in drawn if figure] for name, drawn in sections.items()}
+
+
+def _neighbours(runs: Sequence[Run], folder: Path) -> Iterator[Drawn | None]:
+    for i, run in enumerate(runs, 1):
+        file, of = ("neighbours", "") if len(runs) == 1 else (f"neighbours-{i}", f" of {run.name}")
+        yield draw_neighbours(run, folder, file, title=f"Nearest neighbours{of}")
+
+
+def render_page(runs: Sequence[Run], sections: dict[str, list[Drawn]], *, base: Path) -> str:
+    """Renders the page; `base` is the folder that links start from."""
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_PAGE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        title=f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs",
+        css=Markup(page_colors() + (_PAGE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        version=importlib.metadata.version("hf-ssl-or"),
+        runs=runs,
+        sections={name: [_on_page(figure, base) for figure in drawn] for name, drawn in sections.items()},
+        previews=_previews(runs),
+        facts=tables.facts(runs),
+        summary=tables.summary(runs),
+        evaluations=tables.evaluations(runs),
+        differences=tables.recipe_differences(runs),
+        environments=tables.environments(runs),
+        recipes={run.name: clean_lines(yaml.safe_dump(run.recipe, sort_keys=False, width=100)) for run in runs},
+    )
+
+
+def clean_lines(text: str) -> str:
+    """Cleans text of several lines."""
+    return "\n".join(map(clean, text.splitlines()))
+
+
+def _on_page(figure: Drawn, base: Path) -> dict[str, Any]:
+    links = {file.suffix.removeprefix(".").upper(): quote(_relative(file, base)) for file in figure.files}
+    return {"figure": figure, "svg": Markup(figure.svg), "links": links}
+
+
+def _relative(file: Path, base: Path) -> str:
+    return Path(os.path.relpath(file.resolve(), base.resolve())).as_posix()
+
+
+def _previews(runs: Sequence[Run]) -> list[Preview]:
+    """Gives each picture of views once, with the runs that share it."""
+    names: dict[bytes, list[str]] = {}
+    for run in runs:
+        if run.preview is not None:
+            names.setdefault(run.preview, []).append(run.name)
+    return [
+        Preview(names=shared, source=f"data:image/png;base64,{base64.b64encode(picture).decode()}")
+        for picture, shared in names.items()
+    ]

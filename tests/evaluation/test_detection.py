@@ -1,0 +1,151 @@
+"""Our backbones in torchvision's Faster R-CNN and in detectors of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign, box_iou
+from transformers import (
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+)
+
+from hf_ssl_or.evaluation.detection import PyramidBackbone
+from hf_ssl_or.models import SSLResNetBackbone, SSLResNetConfig, SSLResNetModel, SSLViTBackbone, SSLViTConfig
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+SLIM = {"channels": [8, 16, 32, 64], "model_args": {"zero_init_last": False}}
+
+
+def resnet(**options) -> SSLResNetBackbone:
+    torch.manual_seed(0)
+    return SSLResNetBackbone(SSLResNetConfig(**SLIM, **options))
+
+
+def vit() -> SSLViTBackbone:
+    torch.manual_seed(0)
+    config = SSLViTConfig(architecture="vit_tiny", image_size=64, patch_size=16, model_args={"depth": 2})
+    return SSLViTBackbone(config)
+
+
+def faster_rcnn(pyramid: PyramidBackbone, num_classes: int) -> FasterRCNN:
+    torch.manual_seed(0)
+    sizes = tuple((16 * 2**level,) for level in range(pyramid.levels))
+    return FasterRCNN(
+        pyramid,
+        num_classes,
+        min_size=96,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(sizes, ((1.0,),) * pyramid.levels),
+        box_roi_pool=MultiScaleRoIAlign(pyramid.names, output_size=3, sampling_ratio=1),
+        box_batch_size_per_image=32,
+    )
+
+
+@pytest.mark.parametrize(("backbone", "sides"), [(resnet, [24, 12, 6, 3, 2]), (vit, [24, 12, 6, 3])])
+def test_levels_of_the_pyramid(backbone, sides: list[int]) -> None:
+    body = backbone() if backbone is vit else resnet(out_features=STAGES)
+    pyramid = PyramidBackbone(body, 12)
+    levels = pyramid(torch.randn(2, 3, 96, 96))
+    assert [tuple(x.shape) for x in levels.values()] == [(2, 12, side, side) for side in sides]
+    assert pyramid.levels == len(sides) and pyramid.out_channels == 12
+    assert set(pyramid.names) < set(levels) or pyramid.names == list(levels)
+
+
+def test_the_feature_pyramid_by_hand() -> None:
+    """The coarsest level is a 1x1 and a 3x3 convolution of the last stage; each finer one adds the level above."""
+    pyramid = PyramidBackbone(resnet(out_features=STAGES), 12).eval()
+    images = torch.randn(1, 3, 64, 64)
+    maps, levels = pyramid.body(images).feature_maps, pyramid(images)
+    states = pyramid.body.encoder(images, output_hidden_states=True).hidden_states[1:]
+    assert all(torch.equal(x, y) for x, y in zip(maps, states, strict=True))
+    inner, outer = pyramid.neck.inner_blocks, pyramid.neck.layer_blocks
+    top = inner[3](maps[3])
+    torch.testing.assert_close(levels["3"], outer[3](top))
+    below = inner[2](maps[2]) + torch.nn.functional.interpolate(top, size=maps[2].shape[-2:], mode="nearest")
+    torch.testing.assert_close(levels["2"], outer[2](below))
+
+
+@pytest.mark.parametrize("backbone", [lambda: resnet(out_features=STAGES), vit])
+def test_faster_rcnn_learns_a_square(backbone) -> None:
+    """One image, one box: the loss falls, every part of the encoder gets a gradient, and the box is found."""
+    detector = faster_rcnn(PyramidBackbone(backbone(), 16), 2)
+    image = torch.full((3, 96, 96), 0.2)
+    image[:, 30:62, 40:72] = 0.9
+    target = {"boxes": torch.tensor([[40.0, 30.0, 72.0, 62.0]]), "labels": torch.tensor([1])}
+    optimizer, losses = torch.optim.AdamW(detector.parameters(), 2e-3), []
+    for _ in range(30):
+        loss = sum(detector([image] * 2, [target] * 2).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+    used = [p for name, p in detector.backbone.body.named_parameters() if p.grad is not None]
+    assert len(used) >= len(list(detector.backbone.body.parameters())) - 2  # a ViT's pooling norm sees no loss
+    found = detector.eval()([image])[0]
+    assert found["labels"][0] == 1
+    assert box_iou(found["boxes"][:1], target["boxes"]).item() > 0.5
+
+
+def boxes() -> list[dict[str, torch.Tensor]]:
+    return [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}] * 2
+
+
+SMALL = {
+    "d_model": 32,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "decoder_layers": 1,
+    "num_queries": 10,
+    "num_labels": 1,
+}
+
+
+def test_rt_detr_takes_our_configuration(tmp_path) -> None:
+    pytest.importorskip("scipy")
+    backbone = SSLResNetConfig(**SLIM, out_features=STAGES[1:])
+    torch.manual_seed(0)
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[16, 32, 64],
+        encoder_hidden_dim=32,
+        decoder_in_channels=[32, 32, 32],
+        num_denoising=4,
+        hidden_expansion=1.0,
+        **SMALL,
+    )
+    detector = RTDetrForObjectDetection(config)
+    source = SSLResNetModel(SSLResNetConfig(**SLIM))
+    source.save_pretrained(tmp_path / "encoder")
+    pretrained = SSLResNetBackbone.from_pretrained(tmp_path / "encoder", out_features=STAGES[1:])
+    detector.model.backbone.model.load_state_dict(pretrained.state_dict())  # how an encoder gets into a detector
+    images = torch.randn(2, 3, 96, 96)
+    detector.train()(pixel_values=images, labels=boxes()).loss.backward()
+    weights = {name: p for name, p in detector.named_parameters() if "timm_model" in name and p.ndim > 1}
+    assert len(weights) == 21 and all(p.grad.abs().sum() > 0 for p in weights.values())
+    first = "model.backbone.model.encoder.timm_model.conv1.weight"
+    assert torch.equal(weights[first], source.timm_model.conv1.weight)
+    detector.save_pretrained(tmp_path / "detector")
+    again = AutoModelForObjectDetection.from_pretrained(tmp_path / "detector").eval()
+    assert isinstance(again.config.backbone_config, SSLResNetConfig)
+    assert torch.equal(again(pixel_values=images).logits, detector.eval()(pixel_values=images).logits)
+
+
+def test_detr_freezes_our_resnet_until_told_otherwise() -> None:
+    """DETR freezes what its own names of stages do not match, in any backbone whose type says resnet."""
+    pytest.importorskip("scipy")
+    backbone = SSLResNetConfig(**SLIM, out_features=["stage4"])
+    detector = DetrForObjectDetection(DetrConfig(backbone_config=backbone, encoder_layers=1, **SMALL)).train()
+    body = detector.model.backbone
+    assert not any(p.requires_grad for p in body.parameters())
+    body.requires_grad_(True)
+    detector(pixel_values=torch.randn(2, 3, 96, 96), labels=boxes()).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in body.parameters() if p.ndim > 1)

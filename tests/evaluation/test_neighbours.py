@@ -1,0 +1,87 @@
+"""Neighbours against a sort in numpy, and the files of a run's sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.evaluation.neighbours import nearest_neighbours, pack_features, write_samples
+
+
+class Pixels(nn.Module):
+    """Gives the first 24 pixels as features."""
+
+    def forward(self, images_BCHW: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=images_BCHW.flatten(1)[:, :24])
+
+
+def image_set(n: int, *, labelled: bool = True, size: int = 8) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(n) % 3 if labelled else None
+    names = ["a", "b<i>", "c"] if labelled else None
+    shared = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "name": "noise", "fingerprint": "f", "image_size": size}
+    return ImageSet(images=images, labels=labels, class_names=names, **shared)
+
+
+def test_neighbours_equal_a_sort_of_cosines() -> None:
+    features = torch.randn(60, 7, generator=torch.Generator().manual_seed(0))
+    query = torch.tensor([3, 59, 0])
+    cosine, index = nearest_neighbours(features, query, 5)
+    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
+    for row, q in enumerate(query.tolist()):
+        others = [i for i in range(60) if i != q]
+        expected = sorted(others, key=lambda i: -float(unit[q] @ unit[i]))[:5]
+        assert index[row].tolist() == expected
+        np.testing.assert_allclose(cosine[row], unit[expected] @ unit[q], atol=1e-6)
+
+
+def test_of_equally_near_images_the_first_wins_and_zeros_are_near_nothing() -> None:
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
+    cosine, index = nearest_neighbours(features, torch.tensor([1, 3]), 3)
+    assert index.tolist() == [[0, 2, 3], [0, 1, 2]] and cosine.tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_packed_features_keep_their_geometry_at_any_scale(scale: float) -> None:
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 2
+    packed = pack_features(features * scale)
+    centred = (features - features.mean(0)).double().numpy()
+    assert packed.dtype == np.float16
+    np.testing.assert_allclose(packed, centred / np.sqrt((centred**2).mean()), atol=5e-3)
+
+
+def test_packed_features_that_do_not_vary_are_zero() -> None:
+    assert not pack_features(torch.full((5, 3), 1e4 / 3)).any()
+
+
+def test_files_of_a_labelled_set(tmp_path: Path) -> None:
+    images = image_set(40)
+    arguments = {"mean": images.mean, "std": images.std, "device": "cpu", "limit": 30, "queries": 4, "k": 5}
+    write_samples(Pixels(), images, tmp_path, **arguments)
+    features, neighbours = np.load(tmp_path / "features.npz"), np.load(tmp_path / "neighbours.npz")
+    assert features["features"].shape == (30, 24) and features["class_names"].tolist() == ["a", "b<i>", "c"]
+    assert neighbours["images"].shape == (4, 6, 3, 8, 8) and neighbours["distances"].shape == (4, 5)
+    assert (np.diff(neighbours["distances"]) >= 0).all() and (neighbours["distances"] >= 0).all()
+    for shown, labels in zip(neighbours["images"], neighbours["labels"], strict=True):
+        for picture, label in zip(shown, labels, strict=True):
+            (source,) = np.flatnonzero((images.images.numpy() == picture).all((1, 2, 3)))
+            assert label == source % 3
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_samples(Pixels(), images, tmp_path, **arguments)
+    again = np.load(tmp_path / "features.npz")["labels"]
+    assert before.keys() == {"features.npz", "neighbours.npz"} and (again == features["labels"]).all()
+
+
+def test_files_of_a_small_unlabelled_set(tmp_path: Path) -> None:
+    images = image_set(3, labelled=False, size=100)
+    write_samples(Pixels(), images, tmp_path, mean=images.mean, std=images.std, device="cpu")
+    neighbours = np.load(tmp_path / "neighbours.npz")
+    assert neighbours["images"].shape == (3, 3, 3, 64, 64) and "labels" not in neighbours
+    assert np.load(tmp_path / "features.npz").files == ["features"]
