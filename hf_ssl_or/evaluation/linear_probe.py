@@ -133,15 +133,15 @@ class LogisticProtocol(LinearProtocol):
         model = self._model(x_NF[kept], labels_N[kept], num_classes)
         scores = [self._score(model.solve(l2), x_NF[held_out], labels_N[held_out]) for l2 in self.penalties]
         best = self.penalties[scores.index(max(scores))]
-        weight_KF, bias_K = self._model(x_NF, labels_N, num_classes).solve(best)
+        weight_KF, bias_K = self._model(x_NF, labels_N, num_classes, tolerance=1e-5).solve(best)
         classifier = nn.Linear(x_NF.shape[1], num_classes, device=x_NF.device)
         with torch.no_grad():
             classifier.weight.copy_(weight_KF / std_F)
             classifier.bias.copy_(bias_K - classifier.weight @ mean_F)
         return classifier
 
-    def _model(self, x_NF: Tensor, labels_N: Tensor, num_classes: int) -> LogisticRegression:
-        return LogisticRegression(x_NF, labels_N, num_classes, iterations=self.iterations)
+    def _model(self, x_NF: Tensor, labels_N: Tensor, num_classes: int, tolerance: float = 1e-4) -> LogisticRegression:
+        return LogisticRegression(x_NF, labels_N, num_classes, tolerance=tolerance, iterations=self.iterations)
 
     @staticmethod
     def _score(solution: tuple[Tensor, Tensor], x_NF: Tensor, labels_N: Tensor) -> int:

@@ -27,7 +27,7 @@ class LogisticRegression:
         labels_N: Classes, (N,) int64, on the same device.
         num_classes: Number of classes K.
         bias: Whether the K scores have a free offset.
-        tolerance: Largest absolute entry of the gradient at the end.
+        tolerance: Largest absolute entry of the gradient at the end; the default is scikit-learn's.
         iterations: At most so many for each penalty.
     """
 
@@ -38,7 +38,7 @@ class LogisticRegression:
         num_classes: int,
         *,
         bias: bool = True,
-        tolerance: float = 3e-5,
+        tolerance: float = 1e-4,
         iterations: int = 200,
     ) -> None:
         self.labels_N1, self.bias = labels_N[:, None], bias

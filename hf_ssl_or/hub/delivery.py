@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -79,14 +80,13 @@ def _attempt(api: HfApi, entry: Entry, *, again: bool) -> Delivery:
 
 def _ensure_repository(api: HfApi, to: Destination) -> str:
     """Makes the repository unless it is there; gives its address."""
-    try:
+    there = None
+    with suppress(RepositoryNotFoundError):
         there = api.model_info(to.repo_id)
-    except RepositoryNotFoundError:
+    if there is None:
         for kind in ("dataset", "space"):
             if api.repo_exists(to.repo_id, repo_type=kind):
-                raise InputError(
-                    f"{to.repo_id}: is a {kind} on the Hub; choose another name for the encoder"
-                ) from None
+                raise InputError(f"{to.repo_id}: is a {kind} on the Hub; choose another name for the encoder")
         return str(api.create_repo(to.repo_id, private=to.private or None, exist_ok=True))
     if to.private and not there.private:
         raise InputError(f"{to.repo_id}: is public on the Hub; leave out --private, or make it private there first")

@@ -92,7 +92,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            if False:
+            if number < len(texts):
                 raise InputError(f"{path}: line {number} is no JSON ({error}); mend or remove it") from error
     return lines
 

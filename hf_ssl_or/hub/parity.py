@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,11 +86,11 @@ def compare(
     differences: dict[str, dict[str, float]] = {lines.library: {} for lines in every}
     for key, value in found.items():
         i, _, rest = key.partition("/")
-        what, difference = _difference(portable, rest, expected[rest], value)
         of_library = differences[every[int(i)].library]
-        of_library[what] = max(of_library.get(what, 0.0), difference)
+        difference = _difference(portable, rest, expected[rest], value)
+        of_library[_kind(rest)] = max(of_library.get(_kind(rest), 0.0), difference)
     for library, values in differences.items():
-        _check(portable.name, library, values, expected.keys())
+        _check(portable, library, values, expected)
     return differences
 
 
@@ -125,24 +125,24 @@ def _expected(portable: Portable, given: dict[str, np.ndarray]) -> dict[str, np.
     return expected
 
 
-def _difference(portable: Portable, key: str, expected: np.ndarray, found: np.ndarray) -> tuple[str, float]:
+def _kind(key: str) -> str:
+    return "pixels" if key.startswith("picture") else key.rpartition("/")[2]
+
+
+def _difference(portable: Portable, key: str, expected: np.ndarray, found: np.ndarray) -> float:
     if expected.shape != found.shape:
-        return key.rpartition("/")[2], float("inf")
+        return float("inf")
     difference = np.abs(expected - found)
-    if key.startswith("picture"):
-        return "pixels", float((difference * np.reshape(portable.pixels["image_std"], (-1, 1, 1))).max())
-    return key.rpartition("/")[2], float(difference.max() / max(1.0, np.abs(expected).max()))
+    if _kind(key) == "pixels":
+        return float((difference * np.reshape(portable.pixels["image_std"], (-1, 1, 1))).max())
+    return float(difference.max() / max(1.0, np.abs(expected).max()))
 
 
-def _check(name: str, library: str, differences: dict[str, float], expected: Any) -> None:
-    wanted = {"pixels" if key.startswith("picture") else key.rpartition("/")[2] for key in expected}
-    for what in sorted(wanted):
-        allowed = 1.01 / 255 if what == "pixels" else TOLERANCE
-        if not differences.get(what, float("inf")) <= allowed:
-            raise InputError(
-                f"{name}: {library} gives other {what} (by {differences.get(what, float('inf')):.1e}, at most "
-                f"{allowed:.0e} is allowed), so it cannot express this encoder; nothing was written"
-            )
+def _check(portable: Portable, library: str, differences: dict[str, float], expected: Iterable[str]) -> None:
+    for what in sorted({_kind(key) for key in expected}):
+        allowed, found = (1.01 / 255 if what == "pixels" else TOLERANCE), differences.get(what, float("inf"))
+        if not found <= allowed:
+            raise portable.refusal(library, f"its {what} differ by {found:.1e}, more than {allowed:.0e}", [])
 
 
 def _in_folder(lines: Lines, folder: Path) -> dict[str, str]:
@@ -167,4 +167,4 @@ def _run(work: Path, name: str, every: Sequence[Lines]) -> None:
         raise InputError(f"{name}: the check with {libraries} did not end within {_TIMEOUT} s") from error
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1].strip()
-        raise InputError(f"{name}: {libraries} cannot load it in a fresh process: {last[:300]}; nothing was written")
+        raise InputError(f"{name}: {libraries} cannot load it in a fresh process: {last[:300]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -66,51 +66,47 @@ def with_retries(attempt: Callable[[int], T], *, sleep: Callable[[float], None] 
 def waiting_time(error: BaseException, number: int) -> float:
     """Gives the seconds to wait after attempt `number`; never less than the Hub's Retry-After, up to a minute."""
     wait = FIRST_WAIT * 2**number * (1 + random.random())
-    for cause in _chain(error):
-        if isinstance(cause, HfHubHTTPError) and (asked := cause.response.headers.get("Retry-After", "")).isdecimal():
-            wait = max(wait, float(asked))
-    return min(wait, LONGEST_WAIT)
+    answer = _answer(error)
+    asked = "" if answer is None else answer.response.headers.get("Retry-After", "")
+    return min(max(wait, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT)
 
 
 def refuse(error: BaseException) -> None:
     """Raises a `HubRefusalError` if the Hub's answer is final; returns if it may pass."""
-    if _UPLOAD_FAILED in str(error) and _status(error) not in (401, 403):
-        return
-    status = _status(error)
+    answer = _answer(error)
+    status = None if answer is None else answer.response.status_code
     if status is None or status >= 500 or status in _PASSING:
         return
-    raise HubRefusalError(reason(error), keep=status in (401, 403)) from error
+    unauthorized = status in (401, 403)
+    if unauthorized or _UPLOAD_FAILED not in str(error):
+        raise HubRefusalError(reason(error), keep=unauthorized) from error
 
 
 def reason(error: BaseException) -> str:
     """Says in one line, without a token, what went wrong."""
-    status = _status(error)
-    if status == 401:
-        return "the token is not valid (expired or revoked); run hf auth login"
     if _is_offline(error):
         return "this process is offline (HF_HUB_OFFLINE is set)"
-    for cause in _chain(error):
-        if isinstance(cause, HfHubHTTPError):
-            said = cause.response.headers.get("X-Error-Message") or cause.server_message or ""
-            hint = "; the token needs the permission to write there" if status == 403 else ""
-            return mask(" ".join(f"the Hub answered {status} {said}".split())[:300]) + hint
-    last = list(_chain(error))[-1]
-    return mask(" ".join(f"{type(last).__name__} {last}".split())[:300])
+    answer = _answer(error)
+    if answer is None:
+        return mask(" ".join(f"the Hub cannot be reached: {type(error).__name__} {error}".split())[:300])
+    status = answer.response.status_code
+    if status == 401:
+        return "the token is not valid (expired or revoked); run hf auth login"
+    said = answer.response.headers.get("X-Error-Message") or answer.server_message or ""
+    hint = "; the token needs the permission to write there" if status == 403 else ""
+    return mask(" ".join(f"the Hub answered {status} {said}".split())[:300]) + hint
 
 
-def _status(error: BaseException) -> int | None:
-    for cause in _chain(error):
-        if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code
-    return None
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """Finds the Hub's answer that an error is about, if one arrived."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    return cause
 
 
 def _is_offline(error: BaseException) -> bool:
-    return any(isinstance(cause, OfflineModeIsEnabled) for cause in _chain(error))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+    while cause is not None and not isinstance(cause, OfflineModeIsEnabled):
+        cause = cause.__cause__
+    return cause is not None

@@ -20,7 +20,7 @@ class _Outputs(nn.Module):
     def __init__(self, portable: Portable) -> None:
         super().__init__()
         self.encoder: Any = portable.encoder
-        self.classifier = None if portable.labels is None else portable.model.classifier
+        self.classifier: Any = None if portable.labels is None else portable.model.classifier
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features_BF = self.encoder(pixel_values).pooler_output

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from hf_ssl_or.hub.facts import RunFacts
 from hf_ssl_or.hub.markdown import block
+from hf_ssl_or.hub.portable import why_not_timm
 
 _LOAD = """\
 from transformers import AutoImageProcessor, AutoModel
@@ -31,11 +34,34 @@ from transformers import AutoModel
 
 encoder = AutoModel.from_pretrained({source})"""
 
+_TIMM = """\
+import timm
+
+encoder = timm.create_model("{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+features = encoder(transform(image).unsqueeze(0))  # (1, {width})"""
+
+EXPORTED = "encoder-timm"
+
 
 def usage(facts: RunFacts, repo_id: str | None) -> dict[str, str]:
-    """Gives the blocks of code by their name in the template."""
-    source = '"encoder"' if repo_id is None else f'"{repo_id}"'
+    """Gives the blocks of code by their name in the template; `timm` is empty where it cannot be said how.
+
+    A push to the Hub makes the repository one that timm reads; a run's folder is exported first.
+    """
+    source = "encoder" if repo_id is None else repo_id
     width = facts.results.get("collapse", {}).get("dimension")
-    named = {"source": source, "width": f"{width:d}" if width else "features"}
-    lines = {"load": _LOAD, "package": _PACKAGE, "pipelines": _PIPELINES, "fine_tune": _FINE_TUNE}
-    return {name: block(text.format(**named), "python") for name, text in lines.items()}
+    place = f"local-dir:{EXPORTED}" if repo_id is None else f"hf-hub:{repo_id}"
+    named = {"source": f'"{source}"', "place": place, "width": f"{width:d}" if width else "features"}
+    lines = {"load": _LOAD, "package": _PACKAGE, "pipelines": _PIPELINES, "fine_tune": _FINE_TUNE, "timm": _TIMM}
+    blocks = {name: block(text.format(**named), "python") for name, text in lines.items()}
+    refusal = _refusal(facts)
+    return blocks | {"exported": EXPORTED, "why_not_timm": refusal or "", **({} if refusal is None else {"timm": ""})}
+
+
+def _refusal(facts: RunFacts) -> str | None:
+    """Says why timm cannot build the encoder, or nothing where the recipe does not tell; None where it can."""
+    encoder = facts.recipe["encoder"]
+    if encoder["init_from"] and encoder["stem"] is None:  # whose stem it may have
+        return ""
+    return why_not_timm(SimpleNamespace(architecture=encoder["name"], stem=encoder["stem"]))

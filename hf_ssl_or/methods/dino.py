@@ -75,7 +75,7 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gives the loss and the mean entropy of the targets; means over images, so those of shards can be averaged.
+    """Gives the loss and the mean confidence of the targets; means over images, so those of shards can be averaged.
 
     Args:
         scores_SBK: The student's cosines with the prototypes, of the V global views and then of the local views.
@@ -142,11 +142,11 @@ class Method(MomentumMethod):
         scores_SBK = prototypes(z_SBD, frozen=batch.step < config.freeze_prototypes_steps)
         teacher_VBK = self.targets(batch.views_VBCHW)
         self.teacher_mean_K = teacher_VBK.mean((0, 1))
-        loss_and_entropy = dino_loss(
+        loss_and_confidence = dino_loss(
             scores_SBK, teacher_VBK, self.center_K, config.student_temperature, self.teacher_temperature
         )
-        loss, entropy = global_mean(torch.stack(loss_and_entropy)).unbind()
-        return self.output(loss, {"target_entropy": entropy}, z_SBD)
+        loss, confidence = global_mean(torch.stack(loss_and_confidence)).unbind()
+        return self.output(loss, {"target_confidence": confidence}, z_SBD)
 
     def on_step_end(self, step: int, total_steps: int) -> None:
         """Moves the teacher, the centre and the teacher's temperature."""

@@ -107,9 +107,8 @@ def _cosines(z_VBD: Tensor, weight_KD: Tensor) -> Tensor:
 def swapped_cross_entropy(scores_SBK: Tensor, targets_VBK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Each view's assignment to prototypes predicts that of the other views (SwAV, eq. 1; DINO, eq. 3).
 
-    The mean over images and pairs (u < V, v < S, v != u) of -sum_k t_uk log softmax(s_v / temperature)_k. As each
-    target sums to 1, that is log sum exp(s_v / temperature) - t_u . s_v / temperature, and the pairs' products are
-    (sum_u t_u) . (sum_v s_v) - sum_u t_u . s_u: cost S, not V S.
+    The mean over images and pairs (u < V, v < S, v != u) of -sum_k t_uk log softmax(s_v / temperature)_k. It is linear
+    in the targets, so each view is compared with the sum of the other views' targets: cost S, not V S.
 
     Args:
         scores_SBK: Similarities of S views, of which the first V have targets and the rest (local views) have not.
@@ -117,13 +116,13 @@ def swapped_cross_entropy(scores_SBK: Tensor, targets_VBK: Tensor, temperature: 
         temperature: Divides the scores.
 
     Returns:
-        The loss, and the mean entropy of the targets, the smallest value that the loss can take. Both are means over
-        images, so those of shards can be averaged.
+        The loss, and the mean over targets of their largest probability, 1 / K where all prototypes are alike. Both
+        are means over images, so those of shards can be averaged.
     """
     views, images = targets_VBK.shape[:2]
-    logits_SBK = scores_SBK / temperature
-    products = (targets_VBK.sum(0) * logits_SBK.sum(0)).sum() - (targets_VBK * logits_SBK[:views]).sum()
-    normalisers_SB = logits_SBK.logsumexp(-1)
-    total = views * normalisers_SB.sum() - normalisers_SB[:views].sum() - products
-    entropy = torch.special.entr(targets_VBK).sum(-1).mean()
-    return total / (views * (len(scores_SBK) - 1) * images), entropy
+    total_BK = targets_VBK.sum(0)
+    others_SBK = total_BK - targets_VBK
+    if len(scores_SBK) > views:
+        others_SBK = torch.cat([others_SBK, total_BK.expand(len(scores_SBK) - views, -1, -1)])
+    log_likelihood = (others_SBK * (scores_SBK / temperature).log_softmax(-1)).sum()
+    return -log_likelihood / (views * (len(scores_SBK) - 1) * images), targets_VBK.amax(-1).mean()

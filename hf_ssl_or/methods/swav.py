@@ -73,7 +73,7 @@ def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> T
     """Gives each of N images a code over K prototypes, such that all prototypes are used alike.
 
     Alternately gives all prototypes the same total and all images the total 1 (Cuturi, NeurIPS 2013), the images last.
-    Logarithms keep a small epsilon from overflowing.
+    Each image's scores are taken beside its largest, so that a small epsilon does not overflow.
 
     Args:
         scores_NK: Similarities, (..., N, K); leading dimensions are problems of their own.
@@ -83,11 +83,14 @@ def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> T
     Returns:
         Codes of the same shape without gradient, each with sum 1.
     """
-    log_codes_NK = scores_NK / epsilon
-    for _ in range(iterations):
-        log_codes_NK -= log_codes_NK.logsumexp(-2, keepdim=True)
-        log_codes_NK -= log_codes_NK.logsumexp(-1, keepdim=True)
-    return log_codes_NK.exp_()
+    largest_N1 = scores_NK.amax(-1, keepdim=True)
+    codes_NK = ((scores_NK - largest_N1) / epsilon).exp_()
+    images_N1 = ((largest_N1 - largest_N1.amax(-2, keepdim=True)) / epsilon).exp_()
+    share = scores_NK.shape[-2] / scores_NK.shape[-1]  # of images that a prototype gets
+    for _ in range(iterations):  # of the factors of rows and columns alone
+        prototypes_1K = share / (images_N1.mT @ codes_NK).clamp_min(torch.finfo(codes_NK.dtype).tiny)
+        images_N1 = (codes_NK @ prototypes_1K.mT).reciprocal()
+    return codes_NK.mul_(prototypes_1K).mul_(images_N1)
 
 
 class Method(ProjectionMethod):
@@ -120,9 +123,9 @@ class Method(ProjectionMethod):
         scores_SBK = self.prototypes(z_SBD, frozen=batch.step < config.freeze_prototypes_steps)
         self.global_z_VND = gather_batch(z_SBD[:views].detach(), dim=1)
         codes_VBK = self.codes(self.global_z_VND, batch.step).narrow(1, rank() * images, images)
-        loss_and_entropy = swapped_cross_entropy(scores_SBK, codes_VBK, config.temperature)
-        loss, entropy = global_mean(torch.stack(loss_and_entropy)).unbind()
-        return self.output(loss, {"code_entropy": entropy}, z_SBD)
+        loss_and_confidence = swapped_cross_entropy(scores_SBK, codes_VBK, config.temperature)
+        loss, confidence = global_mean(torch.stack(loss_and_confidence)).unbind()
+        return self.output(loss, {"code_confidence": confidence}, z_SBD)
 
     @torch.no_grad()
     def codes(self, z_VND: Tensor, step: int) -> Tensor:

@@ -46,6 +46,20 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Loads a folder or a repository as transformers does; the weights may also have timm's names."""
         return super().from_pretrained(*args, key_mapping={**_FROM_TIMM, **(key_mapping or {})}, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Chooses how a ViT computes attention: "sdpa", torch's fused function, or "eager", step by step.
+
+        Raises:
+            ValueError: There is no such way; a ResNet has no attention and takes "eager" alone.
+        """
+        known = ("eager", "sdpa") if self._supports_sdpa else ("eager",)
+        if attn_implementation not in known:
+            raise ValueError(f"attn_implementation: {' or '.join(known)}, not {attn_implementation!r}")
+        self.config._attn_implementation = attn_implementation
+        for module in self.modules():
+            if isinstance(module, SSLModel):
+                module.use_attention(attn_implementation)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, by our names of weights whatever names they were loaded by."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
@@ -65,6 +79,7 @@ class SSLModel(SSLPreTrainedModel):
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
         self.timm_model = self.build_timm_model(config)
+        self.use_attention(config._attn_implementation)
         if not any(tensor.is_meta for tensor in self.parameters()):
             self._mark_initialized()
         self.post_init()
@@ -119,6 +134,12 @@ class SSLModel(SSLPreTrainedModel):
             pooler_output=self.timm_model.forward_head(x, pre_logits=True),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
+
+    def use_attention(self, implementation: str | None) -> None:
+        """Computes attention, where there is any, by torch's fused function ("sdpa") or step by step ("eager")."""
+        for module in self.timm_model.modules():
+            if "fused_attn" in vars(module):  # each of timm's kinds of attention has this switch
+                module.fused_attn = implementation != "eager"
 
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """Runs what comes before the first block."""

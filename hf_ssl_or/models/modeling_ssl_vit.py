@@ -20,6 +20,10 @@ class SSLViTModel(SSLModel):
     _no_split_modules = ["Block"]
     _supports_sdpa = True
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Gives the layer that images enter by."""
+        return self.timm_model.patch_embed
+
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """Gives the tokens of images (B, C, H, W) with their positions (B, tokens, hidden_size)."""
         net = self.timm_model

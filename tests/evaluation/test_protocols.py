@@ -43,6 +43,7 @@ HASHES = {
 def test_all_protocols_are_found_by_name() -> None:
     assert available_protocols() == [
         "few-shot",
+        "fine-tune",
         "knn",
         "knn-t0.1",
         "linear-averaged-views",

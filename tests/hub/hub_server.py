@@ -23,13 +23,14 @@ from tests.hub.hub_store import Blob, Refusal, Repository
 
 LFS_ENDINGS = (".safetensors", ".png", ".parquet", ".arrow", ".bin", ".npz")
 PLURAL = {"model": "models", "dataset": "datasets", "space": "spaces"}
+CORRUPT = web.RequestKey("corrupt", bool)
 DATE = "2026-11-21T00:00:00.000Z"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match: a status, "drop", "drop after", "corrupt" or "stall"."""
+    """What befalls the next `times` requests that match: a status, "drop", "drop after", "corrupt" or "stall"."""
 
     method: str
     path: str
@@ -200,7 +201,7 @@ class HubServer:
 
     async def read_large(self, request: web.Request) -> web.Response:
         content = self.large[request.match_info["oid"]]
-        return _content(request, _flipped(content) if request.get("corrupt") else content, {})
+        return _content(request, _flipped(content) if request.get(CORRUPT) else content, {})
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class HubServer:
 
     async def write_large(self, request: web.Request) -> web.Response:
         content, oid = await request.read(), request.match_info["oid"]
-        content = _flipped(content) if request.get("corrupt") else content
+        content = _flipped(content) if request.get(CORRUPT) else content
         if hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, "The content does not have the SHA-256 that was announced")
         self.large[oid] = content
@@ -283,7 +284,7 @@ class HubServer:
             if isinstance(fault.what, int):
                 return self._note(request, web.Response(status=fault.what, headers=fault.headers))
             if fault.what == "corrupt":
-                request["corrupt"] = True
+                request[CORRUPT] = True
             elif fault.what == "stall":
                 self.log.append((request.method, request.raw_path, -1))
                 await asyncio.sleep(600)
@@ -335,7 +336,7 @@ class HubServer:
         return application
 
     async def _start(self) -> list[int]:
-        self._runner = web.AppRunner(self._application())
+        self._runner = web.AppRunner(self._application(), handler_cancellation=True, shutdown_timeout=1.0)
         await self._runner.setup()
         for _ in range(2):
             await web.TCPSite(self._runner, "127.0.0.1", 0).start()

@@ -22,8 +22,11 @@ from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
 from hf_ssl_or.evaluation.protocols import get_protocol, judge_features
+from hf_ssl_or.hub import to_timm
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table, write_card
 from hf_ssl_or.hub.facts import without_paths
+from hf_ssl_or.hub.markdown import block
+from hf_ssl_or.hub.portable import read_portable
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
@@ -134,6 +137,14 @@ def test_the_tables_hold_the_numbers_of_the_results(make_run: MakeRun):
     for name, layer in results["weights"].items():
         assert f"| `{name}` | {layer['orthogonality_error']:.3g} | {layer['orthogonality_error']:.3g} |" in collapse
     assert "![" in collapse and "](figures/spectra.png)" in collapse
+
+
+def test_a_baseline_of_another_protocol_is_not_shown(make_run: MakeRun):
+    def change(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+        results["baselines"]["untrained"][0]["protocol_hash"] = "another"
+
+    rows = [line for line in section(str(build_card(make_run(change))), "Evaluation").splitlines() if "top-" in line]
+    assert len(rows) == 6 and all(row.endswith("| – |") for row in rows)
 
 
 def test_time_is_that_of_the_log(make_run: MakeRun):
@@ -300,6 +311,22 @@ def test_limits_follow_from_facts(make_run: MakeRun, change: Change, said: list[
     assert "Biases and sensitive content of the training images were not examined." in limits
 
 
+def small_stem(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+    recipe["encoder"]["stem"] = "small"
+
+
+def continued(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+    recipe["encoder"]["init_from"] = "lab/other"
+
+
+def test_timm_is_named_where_it_can_build_the_encoder(make_run: MakeRun):
+    assert '"hf-hub:lab/encoder"' in section(str(build_card(make_run(), repo_id="lab/encoder")), "Use")
+    assert "export encoder --to timm" in section(str(build_card(make_run(name="local"))), "Use")
+    small = section(str(build_card(make_run(small_stem, "small"))), "Use")
+    assert "timm cannot build it: the small stem" in small and "import timm" not in small
+    assert "timm" not in section(str(build_card(make_run(continued, "continued"))), "Use")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets of the Hub
 
@@ -403,6 +430,11 @@ def test_a_name_changes_no_structure(make_run: MakeRun, name: str):
     assert found == columns
 
 
+def test_a_block_of_code_holds_its_fences():
+    (token,) = MarkdownIt("commonmark").parse(block("```\n# a\n~~~\n````\x1b[31m", "yaml"))
+    assert token.type == "fence" and token.content == "```\n# a\n~~~\n````\N{REPLACEMENT CHARACTER}[31m\n"
+
+
 def test_a_template_in_a_name_stays_text(make_run: MakeRun):
     text = str(build_card(make_run(everywhere(NASTY[0]))))
     assert f"`{NASTY[0]}`" in text and "looploop" not in text
@@ -472,6 +504,8 @@ def test_what_is_no_path_stays():
         ("recipe.yaml", "!!python/object/apply:os.system ['id']"),
         ("metrics.jsonl", '{"kind"\n{"kind": "train"}\n'),
         ("metrics.jsonl", '{"kind": "train", "step": 3}\n'),
+        ("metrics.jsonl", '{"kind"\n{"kind": "train", "step": 3, "images_per_second": 5.0}\n'),
+        ("results.json", '{"weights": {"conv1": {"orthogonality_error": NaN, "stable_rank": 1.0}}}'),
     ],
 )
 def test_a_damaged_file_is_one_line(make_run: MakeRun, capsys: pytest.CaptureFixture[str], file: str, content: str):
@@ -526,24 +560,23 @@ def test_the_command_prints(make_run: MakeRun, capsys: pytest.CaptureFixture[str
 
 def test_the_lines_of_a_card_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
     run = make_run()
-    create_encoder("resnet18", stem="small", channels=[4, 4, 8, 8], image_size=32).save_pretrained(run / "encoder")
+    create_encoder("resnet18", channels=[4, 4, 8, 8], image_size=32).save_pretrained(run / "encoder")
     build_image_processor(32, [0.5] * 3, [0.2] * 3).save_pretrained(run / "encoder")
     Image.new("RGB", (40, 30), "red").save(run / "photo.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", section(str(build_card(run)), "Use"), flags=re.DOTALL)
-    assert len(blocks) == 4
-    with_package = [block for block in blocks if "import hf_ssl_or" in block]
-    without = [block for block in blocks if "import hf_ssl_or" not in block]
-    checks = "assert features.shape == (1, 8)", "import numpy; assert numpy.shape(features) == (1, 8)"
-    stranger = [
-        "import sys",
-        "sys.modules['hf_ssl_or'] = None",
-        "from PIL import Image",
-        "images = Image.open('photo.jpg')",
-    ]
-    script = [*stranger, without[0], checks[0], without[1], checks[1], without[2], "assert model.num_labels == 10"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    use = section(str(build_card(run)), "Use")
+    load, package, pipelines, fine_tune, timm = re.findall(r"```python\n(.*?)```", use, flags=re.DOTALL)
+    stranger = "import sys; sys.modules['hf_ssl_or'] = None\nfrom PIL import Image\nimages = Image.open('photo.jpg')"
+    tell = "import numpy; print(numpy.shape(features))"
+    lines = "\n".join([stranger, load, tell, pipelines, tell, fine_tune, "print(model.num_labels)"])
+    done = subprocess.run([sys.executable, "-c", lines], cwd=run, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["torch.Size([1, 8])", "(1, 8)", "10", ""], done.stderr[-2000:]
+
     monkeypatch.chdir(run)
-    names: dict[str, Any] = {}
-    exec(with_package[0], names)
+    names: dict[str, Any] = {"image": Image.open("photo.jpg")}
+    exec(package, names)
     assert type(names["encoder"]).__module__ == "hf_ssl_or.models.modeling_ssl_resnet"
+    assert "`hf-ssl-or export encoder --to timm --output encoder-timm`" in use  # without its own check of the result
+    Path("encoder-timm").mkdir()
+    to_timm.write(read_portable("encoder"), Path("encoder-timm"))
+    exec(timm, names)
+    assert names["features"].shape == (1, 8)
