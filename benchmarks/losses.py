@@ -280,7 +280,8 @@ def compare(name: str, images: int, dim: int, device: torch.device, budget: floa
     views = tuple(view.clone().requires_grad_() for view in z_VND)
     inputs = (z_VND.requires_grad_(),)
     loss_difference, gradient_difference = differences(pair, z_VND, views)
-    if pair.same and max(loss_difference, gradient_difference) > 1e-3:
+    # The sum over 8 million terms in lightly's DINO loss is off by 2e-3 in float32; its gradient is not.
+    if pair.same and (loss_difference > 1e-2 or gradient_difference > 1e-3):
         raise RuntimeError(f"losses differ by {loss_difference:.1e}, gradients by {gradient_difference:.1e}")
     times = take_turns([partial(seconds, pair.ours, inputs), partial(seconds, pair.theirs, views)], budget)
     ours_s, theirs_s = zip(*times, strict=True)

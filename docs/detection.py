@@ -100,9 +100,8 @@ def main() -> None:
     parser.add_argument("encoder")
     parser.add_argument("dataset")
     parser.add_argument("--from-scratch", action="store_true")
-    for name, value in (("epochs", 10), ("batch-size", 8), ("seed", 0), ("limit", 10**9)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("image-size", 300), ("smallest-anchor", 16), ("width", 256)):
+    counts = {"epochs": 10, "batch-size": 8, "seed": 0, "limit": 10**9}
+    for name, value in {**counts, "image-size": 300, "smallest-anchor": 16, "width": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
@@ -113,7 +112,7 @@ def main() -> None:
     num_classes = len(splits["train"].features["objects"]["category"].feature.names)
     detector = build_detector(options, num_classes).to(device)
     train(detector, rows["train"], options, device)
-    print(json.dumps({**judge(detector, rows["test"], device), **vars(options)}))  # noqa: T201
+    print(json.dumps({**judge(detector, rows["test"], device), **vars(options)}))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()
-    print(json.dumps({"accuracy": trainer.evaluate()["eval_accuracy"], "output": options.output}))  # noqa: T201
+    print(json.dumps({"accuracy": trainer.evaluate()["eval_accuracy"], "output": options.output}))
 
 
 if __name__ == "__main__":

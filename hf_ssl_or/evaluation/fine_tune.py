@@ -73,7 +73,7 @@ class FineTuneArguments:
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 1e-3
-    layer_decay: float | int = 0.75
+    layer_decay: float | int = 1.0
     weight_decay: float | int = 0.05
     warmup: float | int = 0.1
     label_smoothing: float | int = 0.1
@@ -110,7 +110,10 @@ class FineTuneProtocol(Protocol):
         return fine_tune(encoder, train, test, self.arguments, **options)
 
 
-FINE_TUNE_PROTOCOLS = (FineTuneProtocol(name="fine-tune"),)
+FINE_TUNE_PROTOCOLS = (
+    FineTuneProtocol(name="fine-tune"),
+    FineTuneProtocol(name="fine-tune-layer-decay", arguments=FineTuneArguments(layer_decay=0.75)),  # usual for ViTs
+)
 
 
 def fine_tune(

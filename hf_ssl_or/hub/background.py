@@ -97,7 +97,7 @@ class _Watcher(threading.Thread):
         taken.mkdir()
         try:
             for name in _STATE:
-                os.link(self.run_folder / "checkpoints" / f"step-{step}" / name, taken / name)
+                _link(self.run_folder / "checkpoints" / f"step-{step}" / name, taken / name)
         except FileNotFoundError:
             return False
         return True
@@ -109,6 +109,15 @@ class _Watcher(threading.Thread):
         command = [sys.executable, "-m", "hf_ssl_or.hub.background", str(self.run_folder.resolve()), self.repo_id]
         with open(self.run_folder / LOG, "a") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(file, to)
 
 
 def _newest(run_folder: Path) -> int:

@@ -87,13 +87,13 @@ def read_facts(folder: Path) -> RunFacts:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl`, none where it is missing; a last line cut off by a kill is left out."""
     path, lines = folder / "metrics.jsonl", []
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError) as error:
             if number < len(texts):
-                raise InputError(f"{path}: line {number} is no JSON ({error}); mend or remove it") from error
+                raise InputError(f"{path}: line {number} is no JSON object ({error}); mend or remove it") from error
     return lines
 
 

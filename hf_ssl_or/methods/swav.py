@@ -84,7 +84,7 @@ def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> T
         Codes of the same shape without gradient, each with sum 1.
     """
     largest_N1 = scores_NK.amax(-1, keepdim=True)
-    codes_NK = ((scores_NK - largest_N1) / epsilon).exp_()
+    codes_NK = (scores_NK - largest_N1).div_(epsilon).exp_()
     images_N1 = ((largest_N1 - largest_N1.amax(-2, keepdim=True)) / epsilon).exp_()
     share = scores_NK.shape[-2] / scores_NK.shape[-1]  # of images that a prototype gets
     for _ in range(iterations):  # of the factors of rows and columns alone

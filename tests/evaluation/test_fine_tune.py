@@ -30,6 +30,7 @@ from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.structures import ViewSpec
 
 KINDS = ["disk", "triangle", "crescent"]
+HASHES = {"fine-tune": "715fb7dce5c6", "fine-tune-layer-decay": "fd1508100c0a"}
 GENTLE = ViewSpec(crop_scale=(0.6, 1.0), jitter=0, grayscale=0)
 
 
@@ -56,7 +57,7 @@ def quick(**changes) -> FineTuneArguments:
 def test_it_learns_and_what_it_saves_runs_in_a_pipeline(tmp_path) -> None:
     train, test, encoder = shapes("train", 400), shapes("test", 150), slim_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    arguments = FineTuneArguments(epochs=8, batch_size=40, learning_rate=1e-2, layer_decay=1, view=GENTLE)
+    arguments = FineTuneArguments(epochs=8, batch_size=40, learning_rate=1e-2, view=GENTLE)
     metrics = fine_tune(encoder, train, test, arguments, save_to=tmp_path)
     assert metrics["top1"] > 60 and metrics["top5"] == 100  # chance is 33
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
@@ -194,10 +195,10 @@ def test_the_penalty_acts(tmp_path) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_the_protocol_is_pinned_and_runs() -> None:
-    (protocol,) = FINE_TUNE_PROTOCOLS
-    assert (protocol.name, protocol.seeded, protocol.headline) == ("fine-tune", True, "top1")
-    assert protocol.hash == "8696090e8486"
+def test_the_protocols_are_pinned_and_run() -> None:
+    assert {protocol.name: protocol.hash for protocol in FINE_TUNE_PROTOCOLS} == HASHES
+    protocol = FINE_TUNE_PROTOCOLS[0]
+    assert protocol.seeded and protocol.headline == "top1"
     other = dataclasses.replace(protocol, arguments=quick())
     assert other.hash != protocol.hash and other.settings()["arguments"]["epochs"] == 2
     assert set(other.run_on_images(slim_encoder(), image_set(12), image_set(6))) == {"top1", "top5", "train_loss"}

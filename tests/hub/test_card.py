@@ -504,6 +504,7 @@ def test_what_is_no_path_stays():
         ("recipe.yaml", "!!python/object/apply:os.system ['id']"),
         ("metrics.jsonl", '{"kind"\n{"kind": "train"}\n'),
         ("metrics.jsonl", '{"kind": "train", "step": 3}\n'),
+        ("metrics.jsonl", "3\n\n"),
         ("metrics.jsonl", '{"kind"\n{"kind": "train", "step": 3, "images_per_second": 5.0}\n'),
         ("results.json", '{"weights": {"conv1": {"orthogonality_error": NaN, "stable_rank": 1.0}}}'),
     ],

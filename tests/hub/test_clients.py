@@ -1,4 +1,4 @@
-"""Everybody's own client, in a fresh process, against the Hub of these tests: what was pushed loads, and is the same."""
+"""Everybody's own client, in a fresh process, against the Hub of these tests: what was pushed loads unchanged."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_everybody_loads_what_was_pushed(
     hub.put("lab/birds", {f"data/{split}.parquet": parquet for split in ("train", "test")}, kind="dataset")
     encoder = {**ENCODER, "init_from": "ada/net@v2"}
     recipe = {**RECIPE, "encoder": encoder, "data": {"dataset": "lab/birds"}}
-    recipe["training"] = {**RECIPE["training"], "max_steps": 1, "optimizer": {"lr": 0.0, "weight_decay": 0.0}}
+    recipe["training"] = {**RECIPE["training"], "max_steps": 1, "optimizer": {"lr": 1e-9}}
     (elsewhere / "continue.yaml").write_text(yaml.safe_dump({**recipe, "orthogonality": {"penalty": "none"}}))
     done = fresh_process(code=f"REPOSITORY = {str(REPOSITORY)!r}\n" + FRIEND.replace("\n    ", "\n"))
     assert "has no revision 'v3'" in done.stderr and done.stderr.count("hf-ssl-or: error:") == 2, done.stderr
@@ -139,8 +139,9 @@ def check_features(encoder: Path, elsewhere: Path) -> None:
 
 
 def check_continued(before: Path, after: Path) -> None:
-    """At a learning rate of 0 the weights stay those that the run started from; statistics of BatchNorm move."""
+    """At a tiny learning rate the weights stay those that the run started from; statistics of BatchNorm move."""
     weights, start = AutoModel.from_pretrained(after).state_dict(), AutoModel.from_pretrained(before).state_dict()
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    assert all(weights[name].equal(start[name]) for name in start if not name.endswith(statistics))
+    for name in (name for name in start if not name.endswith(statistics)):
+        torch.testing.assert_close(weights[name], start[name], rtol=0, atol=1e-6)
     assert any(not weights[name].equal(start[name]) for name in start)

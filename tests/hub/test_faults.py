@@ -121,6 +121,15 @@ def test_what_cannot_be_sent_waits_for_resume(hub: HubServer, run: Path) -> None
     assert not Outbox(run).folder.exists() and resume_pushes(run) == []
 
 
+@pytest.mark.usefixtures("signed_in")
+def test_offline_nothing_is_tried(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = store(run)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PushKeptError, match="this process is offline"):
+        resume_pushes(run)
+    assert entry.folder.is_dir() and not hub.log
+
+
 @pytest.mark.usefixtures("signed_in", "impatient")
 def test_an_expired_token_keeps_the_push(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(run)

@@ -244,6 +244,14 @@ def test_secrets_in_a_file(hub: HubServer, run_folder: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("unproven")
+def test_no_token_in_a_traceback(hub: HubServer, run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.inject("POST", "/commit/", 400, X_Error_Message=f"cannot read Authorization: Bearer {TOKEN}")
+    assert main(["push", str(run_folder), "ada/net", "--traceback"]) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err and "Bearer hf_***" in shown.err and TOKEN not in shown.out + shown.err
+
+
+@pytest.mark.usefixtures("unproven")
 def test_a_full_disk(hub: HubServer, run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # the weights are larger
