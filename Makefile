@@ -14,7 +14,7 @@ quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on bu
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
 test: check     ## lint, types and all tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.test    ## lint and types
 	$(BIN)/ruff check .
@@ -25,9 +25,10 @@ format: $(VENV)/.test   ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench   ## benchmarks of the views and the penalties
+bench: $(VENV)/.bench   ## benchmarks of the views, the penalties and the losses
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/penalty.py
+	$(BIN)/python benchmarks/losses.py --quick
 
 clean:          ## remove the environment and the runs
 	rm -rf $(VENV) runs

@@ -4,10 +4,11 @@
     python benchmarks/losses.py --machine h200 --device cuda
 
 Forward and backward from embeddings (for DINO and SwAV from scores, whose number of prototypes is the dimension) of
-two views, which lightly gets as two tensors, as its users have them. Both must first give the same loss and gradient;
-the largest relative differences are in the table. Then they take turns, so that a busy machine slows them alike: times
-are medians, and "faster" is the median of the pairs' ratios. Memory is the peak of what torch allocates beyond the
-inputs, the gradient included. `--views` adds what more views cost us. Writes benchmarks/results/<machine>/losses.json.
+two views, which lightly gets as two tensors (ours joins their gradients in one). Both must first give the same loss
+and gradient; the largest relative differences are in the table. Then they take turns, so that a busy machine slows
+them alike: times are medians, and "faster" is the median of the pairs' ratios. Memory is the peak of what torch
+allocates beyond the inputs, the gradient included. `--views` adds what more views cost us. Writes
+benchmarks/results/<machine>/losses.json.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.portable import Lines, Portable
 
 TOLERANCE = 1e-5
-_IMAGES, _TIMEOUT = 4, 900
+_IMAGES, _SIDE, _TIMEOUT = 4, 48, 900
 _SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
 
 _STRANGER = """
@@ -101,7 +101,7 @@ def _given(portable: Portable, pictures: Sequence[np.ndarray] | None) -> dict[st
     given = {"random": noise_BCHW}
     if channels in (1, 3):
         if pictures is None:
-            source = ShapesSource(_IMAGES, seed=0, size=2 * size + 1)
+            source = ShapesSource(_IMAGES, seed=0, size=_SIDE)
             pictures = [source.read(i) for i in range(_IMAGES)]
         mode = "RGB" if channels == 3 else "L"
         images = [Image.fromarray(picture).convert(mode) for picture in pictures]

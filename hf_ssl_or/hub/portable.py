@@ -72,7 +72,7 @@ class Portable:
     @property
     def labels(self) -> list[str] | None:
         """Names of the classes by their numbers; None without a head."""
-        if not isinstance(self.model, SSLForImageClassification):
+        if not isinstance(self.model, SSLForImageClassification) or not self.config.num_labels:
             return None
         return [str(self.config.id2label[k]) for k in range(self.config.num_labels)]
 

@@ -97,10 +97,11 @@ def training(facts: RunFacts) -> str:
     images = facts.results.get("data", {})
     local = f", and {views['local_count']:d} smaller ones" if views["local_count"] else ""
     whitening = recipe["feature_whitening"]["weight"]
+    share = "" if data["fraction"] == 1 else f" (a seeded {100 * data['fraction']:g} % of the split)"
     length = "" if loop["max_steps"] else f"{counted(loop['epochs'], 'epoch')}, "
     rows = {
         "Images": f"{code(data['dataset'])}, split {code(data['train_split'])}"
-        f"{', ' + format(images['images'], ',') + ' images' if images else ''}; labels were not used",
+        f"{', ' + format(images['images'], ',') + ' images' if images else ''}{share}; labels were not used to train",
         "Encoder": _encoder(recipe["encoder"]),
         "Method": method_of(facts)[0],
         "Views": f"{views['count']:d} of each image{local}",
@@ -127,7 +128,7 @@ def compute(facts: RunFacts) -> str:
     place, timing = facts.results.get("environment", {}), facts.results.get("run", {})
     rows = []
     if place:
-        threads = f", {place['threads']:d} threads each" if "threads" in place else ""
+        threads = f", {counted(place['threads'], 'thread')} each" if "threads" in place else ""
         rows += [("Device", code(place["device"])), ("Processes", f"{place['processes']:d}{threads}")]
     if facts.step_seconds is not None:
         rows.append(("Time in training steps", duration(facts.step_seconds)))

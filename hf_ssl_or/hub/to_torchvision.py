@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_ssl_or.hub.portable import Lines, Portable, renamed, write_json
 from hf_ssl_or.models.configuration_ssl import OWN_RESNETS
@@ -42,10 +43,8 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
     """
     is_vit = isinstance(portable.encoder, SSLViTModel)
     if is_vit:
+        weights = _vit_weights(portable)
         built = _build_vit(portable)
-        weights, lost = renamed(portable.weights, _VIT_NAMES)
-        if lost:
-            raise portable.refusal("torchvision", f"its VisionTransformer has no {lost[0]}", ["timm", "onnx"])
     else:
         built, weights = _build_resnet(portable), portable.weights
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -90,15 +89,25 @@ def _listed(values: list[int]) -> str:
     return ", ".join(map(str, values))
 
 
+def _vit_weights(portable: Portable) -> dict[str, Tensor]:
+    """Gives the weights torchvision's names, if it has a ViT of this kind."""
+    weights, lost = renamed(portable.weights, _VIT_NAMES)
+    reason = None
+    if portable.config.num_channels != 3:
+        reason = "takes three channels"
+    elif portable.config.pooling != "token" or "cls_token" not in portable.weights:
+        reason = "pools by a class token"
+    elif lost:
+        reason = f"has no {lost[0]}"
+    elif "blocks.0.attn.qkv.bias" not in portable.weights:
+        reason = "has biases of queries, keys and values"
+    if reason is not None:
+        raise portable.refusal("torchvision", f"its VisionTransformer {reason}", ["timm", "onnx"])
+    return weights
+
+
 def _build_vit(portable: Portable) -> tuple[str, str]:
     config, net, block = portable.config, portable.net, portable.net.blocks[0]
-    if config.num_channels != 3:
-        raise portable.refusal("torchvision", "its VisionTransformer takes three channels", ["timm", "onnx"])
-    if config.pooling != "token":
-        raise portable.refusal("torchvision", "its VisionTransformer pools by the class token", ["timm", "onnx"])
-    if "cls_token" not in portable.weights or block.attn.qkv.bias is None:
-        reason = "its VisionTransformer has a class token and biases of queries, keys and values"
-        raise portable.refusal("torchvision", reason, ["timm", "onnx"])
     return "from torchvision.models import VisionTransformer", (
         "model = VisionTransformer(\n"
         f"    image_size={config.image_size},\n"

@@ -46,7 +46,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Loads a folder or a repository as transformers does; the weights may also have timm's names."""
         return super().from_pretrained(*args, key_mapping={**_FROM_TIMM, **(key_mapping or {})}, **kwargs)
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Chooses how a ViT computes attention: "sdpa", torch's fused function, or "eager", step by step.
 
         Raises:

@@ -139,7 +139,7 @@ def test_init_from_hub(images_BCHW: torch.Tensor, timm_folder, monkeypatch: pyte
     net, folder = timm_folder
     asked = []
 
-    def download(repo: str, name: str) -> str:
+    def download(repo: str, name: str, revision: str | None = None) -> str:
         asked.append((repo, name))
         return str(folder / name)
 
