@@ -115,11 +115,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = {}
+    rows: dict[str, dict[str, float | str]] = {}
     for title, (name, options) in ENCODERS.items():
         rows[title] = row(name, options)
         print(title, rows[title], flush=True)
+        write(rows, arguments)
     print(table(rows))
+
+
+def write(rows: dict[str, dict[str, float | str]], arguments: argparse.Namespace) -> None:
     packages = ("torch", "torchvision", "timm", "transformers", "onnxruntime")
     record = {
         "cpu": platform.processor() or platform.machine(),

@@ -128,8 +128,7 @@ def negative_cosine(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     views' normalised targets.
     """
     others_VND = mean_of_others(F.normalize(target_VND, dim=-1))
-    length_VN = torch.linalg.vector_norm(p_VND, dim=-1).clamp_min(1e-12)
-    return -((p_VND * others_VND).sum(-1) / length_VN).mean()
+    return -(F.normalize(p_VND, dim=-1) * others_VND).sum(-1).mean()
 
 
 def contrast(query_VBD: Tensor, key_VND: Tensor, temperature: float, first: int = 0) -> Tensor:

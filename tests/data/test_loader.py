@@ -113,7 +113,7 @@ def test_waiting_is_counted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"views": [VIEW]}, "at least 2 views"),
+        ({"views": []}, "at least 1 view"),
         ({"batch_size": 51}, "51 is more than the 50 images of noise"),
         ({"batch_size": 9, "world_size": 2}, "9 images do not divide among 2 processes"),
         ({"batch_size": 1, "world_size": 2}, "1 images do not divide among 2 processes"),

@@ -118,7 +118,7 @@ def tune(rank: int, folder: str, processes: int, port: int = 0) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path) -> None:
-    tune(0, str(tmp_path), 1)
+    mp.spawn(tune, (str(tmp_path), 1), nprocs=1)  # a fresh process, as the others are
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     mp.spawn(tune, (str(tmp_path), 2, port), nprocs=2)
