@@ -13,10 +13,12 @@ first line's at V = 2 under any factor, so two views keep the published loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
@@ -56,17 +58,61 @@ def auto_beta(dim: int) -> float:
 def barlow_twins_loss(z_VND: Tensor, beta: float, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Gives the loss and its unweighted terms, from the projections of the global batch."""
     views, images = z_VND.shape[:2]
-    standard = standardise(z_VND)
-    if views == 2:
-        diagonal_VD, off_diagonal = product_split(*standard)
+    if views == 2 and images < z_VND.shape[-1]:
+        diagonal_VD, off_diagonal = _CrossCorrelation.apply(z_VND)
+    elif views == 2:
+        diagonal_VD, off_diagonal = product_split(*standardise(z_VND))
     else:
-        x_VND = torch.stack(standard)
+        x_VND = torch.stack(standardise(z_VND))
         mean_ND = x_VND.mean(0)
         diagonal_VD = (x_VND * mean_ND).sum(1)
         off_diagonal = product_split(mean_ND, mean_ND)[1]
     invariance = (diagonal_VD / images - 1).square().sum(-1).mean()
     redundancy = off_diagonal / images**2
     return scale * (invariance + beta * redundancy), {"invariance": invariance, "redundancy": redundancy}
+
+
+class _CrossCorrelation(torch.autograd.Function):
+    """`product_split` of two standardised views by N x N matrices, for D > N: a block of dimensions at a time.
+
+    Standardising is cheap beside the products, so backward does it again: what is as large as the projections is their
+    gradient alone.
+    """
+
+    block = 512  # dimensions: wide enough for fast products
+
+    @staticmethod
+    def forward(ctx: Any, z_VND: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        variance_V1D, mean_V1D = torch.var_mean(z_VND, dim=1, correction=0, keepdim=True)
+        scale_V1D = (variance_V1D + eps).rsqrt()
+        grams_VNN = z_VND.new_zeros(2, z_VND.shape[1], z_VND.shape[1])
+        diagonal_D = torch.empty_like(mean_V1D[0, 0])
+        for dims in _blocks(z_VND):
+            x_VNC = (z_VND[..., dims] - mean_V1D[..., dims]).mul_(scale_V1D[..., dims])
+            grams_VNN.baddbmm_(x_VNC, x_VNC.mT)
+            diagonal_D[dims] = (x_VNC[0] * x_VNC[1]).sum(0)
+        ctx.save_for_backward(z_VND, mean_V1D, scale_V1D, grams_VNN, diagonal_D)
+        return diagonal_D, torch.dot(grams_VNN[0].flatten(), grams_VNN[1].flatten()) - diagonal_D.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_D: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:
+        z_VND, mean_V1D, scale_V1D, grams_VNN, diagonal_D = ctx.saved_tensors
+        products_VNN = grams_VNN.flip(0).mul_(2 * grad_squares)
+        slope_D = grad_D - 2 * grad_squares * diagonal_D
+        grad_VND = torch.empty_like(z_VND)
+        for dims in _blocks(z_VND):
+            x_VNC = (z_VND[..., dims] - mean_V1D[..., dims]).mul_(scale_V1D[..., dims])
+            grad_VNC = (products_VNN @ x_VNC).addcmul_(x_VNC.flip(0), slope_D[dims])
+            along_V1C = (grad_VNC * x_VNC).mean(1, keepdim=True)
+            grad_VNC.sub_(grad_VNC.mean(1, keepdim=True)).addcmul_(x_VNC, along_V1C, value=-1)
+            torch.mul(grad_VNC, scale_V1D[..., dims], out=grad_VND[..., dims])
+        return grad_VND, None
+
+
+def _blocks(z_VND: Tensor) -> Iterator[slice]:
+    for start in range(0, z_VND.shape[-1], _CrossCorrelation.block):
+        yield slice(start, start + _CrossCorrelation.block)
 
 
 class Method(ProjectionMethod):

@@ -11,13 +11,11 @@ positives cost V. At V = 2 the negatives are both views of the other images: the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, mean_of_others
+from hf_ssl_or.methods.terms import full_precision, mean_of_pairs, similarities
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -40,20 +38,12 @@ class Config(ProjectorConfig):
         require_positive(self, "temperature")
 
 
-def negatives(unit_VND: Tensor, temperature: float) -> Tensor:
-    """Gives log sum exp s(z_vn, z_wm) over all views w of the other images m, for unit vectors: (V, N)."""
-    views, images = unit_VND.shape[:2]
-    z_MD = unit_VND.flatten(0, 1) * temperature**-0.5
-    same_image = torch.eye(images, dtype=torch.bool, device=z_MD.device).repeat(views, views)
-    return (z_MD @ z_MD.T).masked_fill_(same_image, -torch.inf).logsumexp(1).view(views, images)
-
-
 @full_precision
 def dcl_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
-    unit_VND = F.normalize(z_VND, dim=-1)
-    cosine = (unit_VND * mean_of_others(unit_VND)).sum(-1).mean()
-    return negatives(unit_VND, temperature).mean() - cosine / temperature, {"positive_cosine": cosine}
+    positives_VUN, negatives_VN = similarities(z_VND, temperature)
+    positive = mean_of_pairs(positives_VUN)
+    return negatives_VN.mean() - positive, {"positive_cosine": temperature * positive}
 
 
 class Method(ProjectionMethod):

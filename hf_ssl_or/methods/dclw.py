@@ -12,13 +12,11 @@ own, so V = 2 is the published loss. As in DCL all pairs share one matrix of sim
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_ssl_or.methods import dcl
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.terms import full_precision
+from hf_ssl_or.methods.terms import full_precision, mean_of_pairs, similarities
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch
 
@@ -41,15 +39,11 @@ class Config(dcl.Config):
 @full_precision
 def dclw_loss(z_VND: Tensor, temperature: float, sigma: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
     """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
-    views, images = z_VND.shape[:2]
-    unit_VND = F.normalize(z_VND, dim=-1)
-    cosine_VUN = torch.einsum("vnd,und->vun", unit_VND, unit_VND)
-    weight_VUN = 2 - images * (cosine_VUN.detach() / sigma).softmax(-1)
-    pairs = 1 - torch.eye(views, dtype=z_VND.dtype, device=z_VND.device)[..., None]
-    share = pairs / (views * (views - 1) * images)
-    positives = (share * weight_VUN * cosine_VUN).sum() / temperature
-    loss = dcl.negatives(unit_VND, temperature).mean() - positives
-    return loss, {"positive_cosine": (share * cosine_VUN).sum()}
+    positives_VUN, negatives_VN = similarities(z_VND, temperature)
+    cosine_VUN = temperature * positives_VUN.detach()
+    weight_VUN = 2 - z_VND.shape[1] * (cosine_VUN / sigma).softmax(-1)
+    loss = negatives_VN.mean() - mean_of_pairs(weight_VUN * positives_VUN)
+    return loss, {"positive_cosine": mean_of_pairs(cosine_VUN)}
 
 
 class Method(dcl.Method):

@@ -6,8 +6,13 @@ them as the encoder's does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_ssl_or.methods.terms import full_precision
@@ -120,9 +125,46 @@ def swapped_cross_entropy(scores_SBK: Tensor, targets_VBK: Tensor, temperature: 
         are means over images, so those of shards can be averaged.
     """
     views, images = targets_VBK.shape[:2]
+    total = _SwappedCrossEntropy.apply(scores_SBK, targets_VBK, temperature)
+    return total / (views * (len(scores_SBK) - 1) * images), targets_VBK.amax(-1).mean()
+
+
+class _SwappedCrossEntropy(torch.autograd.Function):
+    """The sum over images and pairs, view by view: nothing as large as the scores is kept for backward but they."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_SBK: Tensor, targets_VBK: Tensor, temperature: float) -> Tensor:
+        normalisers, total = [], scores_SBK.new_zeros(())
+        for scores_BK, (others_BK, count) in zip(scores_SBK, _targets_of_others(scores_SBK, targets_VBK), strict=True):
+            logits_BK = scores_BK / temperature
+            log_likelihood_BK = logits_BK.log_softmax(-1)  # one kernel, where logsumexp is four
+            normaliser_B1 = logits_BK[:, :1] - log_likelihood_BK[:, :1]
+            normalisers.append(normaliser_B1 - (math.log(count) if count else -math.inf))
+            total -= torch.dot(others_BK.flatten(), log_likelihood_BK.flatten())
+        ctx.temperature = temperature
+        ctx.save_for_backward(scores_SBK, targets_VBK, *normalisers)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scores_SBK, targets_VBK, *normalisers = ctx.saved_tensors
+        grad_SBK = torch.empty_like(scores_SBK)
+        for view, (others_BK, _) in enumerate(_targets_of_others(scores_SBK, targets_VBK)):
+            grad_BK = torch.sub(scores_SBK[view] / ctx.temperature, normalisers[view], out=grad_SBK[view])
+            grad_BK.exp_().sub_(others_BK)
+        return grad_SBK.mul_(grad / ctx.temperature), None, None
+
+
+def _targets_of_others(scores_SBK: Tensor, targets_VBK: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yields for each of S views the sum of the targets of the other views, and their number."""
+    views = len(targets_VBK)
+    if views == len(scores_SBK) == 2:  # no sum to make
+        yield from ((targets_VBK[1], 1), (targets_VBK[0], 1))
+        return
     total_BK = targets_VBK.sum(0)
-    others_SBK = total_BK - targets_VBK
-    if len(scores_SBK) > views:
-        others_SBK = torch.cat([others_SBK, total_BK.expand(len(scores_SBK) - views, -1, -1)])
-    log_likelihood = (others_SBK * (scores_SBK / temperature).log_softmax(-1)).sum()
-    return -log_likelihood / (views * (len(scores_SBK) - 1) * images), targets_VBK.amax(-1).mean()
+    for view in range(len(scores_SBK)):
+        if view < views:
+            yield total_BK - targets_VBK[view], views - 1
+        else:
+            yield total_BK, views

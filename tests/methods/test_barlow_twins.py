@@ -8,7 +8,7 @@ from lightly.loss import BarlowTwinsLoss
 from hf_ssl_or.methods.barlow_twins import Config, Method, auto_beta, barlow_twins_loss
 
 
-@pytest.mark.parametrize(("images", "dim"), [(12, 5), (5, 12)])
+@pytest.mark.parametrize(("images", "dim"), [(12, 5), (5, 12), (3, 1100)])
 def test_two_views_equal_lightly_with_gradient(images, dim):
     torch.manual_seed(0)
     z_VND = torch.randn(2, images, dim, dtype=torch.float64, requires_grad=True)
