@@ -125,10 +125,28 @@ def negative_cosine(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     """Means -cos(p_v, t_u) over images and ordered pairs of different views, at cost V.
 
     The cosine is linear in the normalised target, so the mean over pairs is the product with the mean of the other
-    views' normalised targets.
+    views' normalised targets. Targets get no gradient.
     """
-    others_VND = mean_of_others(F.normalize(target_VND, dim=-1))
-    return -(F.normalize(p_VND, dim=-1) * others_VND).sum(-1).mean()
+    lengths_VN1 = torch.linalg.vector_norm(target_VND, dim=-1, keepdim=True).clamp_min(1e-12)
+    return -_ProductWithUnit.apply(p_VND, mean_of_others(target_VND.detach() / lengths_VN1)).mean()
+
+
+class _ProductWithUnit(torch.autograd.Function):
+    """<p / |p|, m> for constants m, (..., D) to (...): p / |p| is never made, forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, p_VND: Tensor, m_VND: Tensor) -> Tensor:
+        shrink_VN1 = torch.linalg.vector_norm(p_VND, dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        product_VN1 = torch.linalg.vecdot(p_VND, m_VND).unsqueeze(-1) * shrink_VN1
+        ctx.save_for_backward(p_VND, m_VND, product_VN1, shrink_VN1)
+        return product_VN1.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_VN: Tensor) -> tuple[Tensor, None]:
+        p_VND, m_VND, product_VN1, shrink_VN1 = ctx.saved_tensors
+        slope_VN1 = grad_VN.unsqueeze(-1) * shrink_VN1
+        return (m_VND * slope_VN1).addcmul_(p_VND, slope_VN1 * product_VN1 * shrink_VN1, value=-1), None
 
 
 def contrast(query_VBD: Tensor, key_VND: Tensor, temperature: float, first: int = 0) -> Tensor:
