@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_ssl_or.distributed import mean_over_ranks
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
-from hf_ssl_or.methods.heads import ProjectionHead, PrototypeHead, swapped_cross_entropy
+from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
 from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -124,14 +124,7 @@ class Method(MomentumMethod):
     def build_projector(self) -> nn.Module:
         """Builds the MLP and the prototypes as one module, of which the teacher has a copy."""
         config = self.config
-        mlp = ProjectionHead(
-            self.feature_size,
-            config.projector_hidden,
-            config.projector_dim,
-            layers=config.projector_layers,
-            norm=config.projector_norm,
-            gelu=True,
-        )
+        mlp = self.projection_head(norm=config.projector_norm, gelu=True)
         return nn.Sequential(mlp.apply(_initialise), PrototypeHead(config.projector_dim, config.prototypes))
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

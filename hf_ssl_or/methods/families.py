@@ -49,10 +49,13 @@ class ProjectionMethod(SSLMethod, abstract=True):
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, F -> D; a method with another one overrides this."""
+        return self.projection_head()
+
+    def projection_head(self, **form: bool) -> ProjectionHead:
+        """Builds a head of the settings' sizes; `form` goes to `ProjectionHead`."""
         config = self.config
-        return ProjectionHead(
-            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers
-        )
+        sizes = self.feature_size, config.projector_hidden, config.projector_dim
+        return ProjectionHead(*sizes, layers=config.projector_layers, **form)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares the projections of the views."""

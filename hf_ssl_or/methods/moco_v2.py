@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
-from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.settings import settings
@@ -92,14 +91,7 @@ class Method(MomentumMethod):
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, without batch normalisation."""
-        config = self.config
-        return ProjectionHead(
-            self.feature_size,
-            config.projector_hidden,
-            config.projector_dim,
-            layers=config.projector_layers,
-            norm=False,
-        )
+        return self.projection_head(norm=False)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares each query with the keys of the other views and with its queue."""

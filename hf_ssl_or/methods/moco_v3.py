@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_ssl_or.distributed import gather_batch, rank
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
-from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
+from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.terms import contrast, full_precision, global_mean, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -74,14 +74,7 @@ class Method(MomentumMethod):
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalisation at its end."""
-        config = self.config
-        return ProjectionHead(
-            self.feature_size,
-            config.projector_hidden,
-            config.projector_dim,
-            layers=config.projector_layers,
-            last_norm=True,
-        )
+        return self.projection_head(last_norm=True)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares this process's predictions with the keys of the global batch."""

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods import byol
+from hf_ssl_or.methods import byol, nnclr
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.settings import settings
@@ -42,12 +42,7 @@ class Method(byol.Method):
     """NNBYOL for any number of views."""
 
     config_class = Config
-    citation = """@inproceedings{dwibedi2021little,
-  title = {With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations},
-  author = {Dwibedi, Debidatta and Aytar, Yusuf and Tompson, Jonathan and Sermanet, Pierre and Zisserman, Andrew},
-  booktitle = {International Conference on Computer Vision},
-  year = {2021}
-}"""
+    citation = nnclr.Method.citation
 
     fresh_ND: Tensor  # this step's projections, until they are pushed
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
+from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.methods.terms import contrast, full_precision, negative_cosine
 from hf_ssl_or.settings import settings
@@ -79,15 +79,8 @@ class Method(ProjectionMethod):
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalisation (here with scale and shift, as published) at its end."""
-        config = self.config
-        head = ProjectionHead(
-            self.feature_size,
-            config.projector_hidden,
-            config.projector_dim,
-            layers=config.projector_layers,
-            last_norm=True,
-        )
-        head.mlp[-1] = nn.BatchNorm1d(config.projector_dim)
+        head = self.projection_head(last_norm=True)
+        head.mlp[-1] = nn.BatchNorm1d(head.out_features)
         return head
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

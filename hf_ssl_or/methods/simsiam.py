@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
+from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.terms import full_precision, global_mean, mean_of_others, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -82,14 +82,7 @@ class Method(ProjectionMethod):
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, whose output is batch-normalised too."""
-        config = self.config
-        return ProjectionHead(
-            self.feature_size,
-            config.projector_hidden,
-            config.projector_dim,
-            layers=config.projector_layers,
-            last_norm=True,
-        )
+        return self.projection_head(last_norm=True)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the projections of the other views."""

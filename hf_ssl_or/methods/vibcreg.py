@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from hf_ssl_or.methods import vicreg
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.families import ProjectionMethod
-from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
@@ -158,10 +157,7 @@ class Method(ProjectionMethod):
 
     def build_projector(self) -> nn.Module:
         """Builds solo-learn's projector, with GELU."""
-        config = self.config
-        return ProjectionHead(
-            self.feature_size, config.projector_hidden, config.projector_dim, layers=config.projector_layers, gelu=True
-        )
+        return self.projection_head(gelu=True)
 
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the whitened projections of the views."""
