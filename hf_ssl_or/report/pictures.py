@@ -109,7 +109,7 @@ def _scatter(
 ) -> Drawn:
     names = _class_names(runs)
     labels = [shorten(name, 20) for name in names]
-    top = 0.4 + legend_height(labels, 9.5)
+    top = 0.4 + legend_height(labels, 3.2 * min(len(runs), 3))
     figure, all_axes = panels(len(runs), width=2.95, height=2.95, left=0.15, gap=(0.25, 0.5), top=top, bottom=0.15)
     for axes, run, xy in zip(all_axes, runs, points, strict=True):
         _scatter_classes(axes, xy, run.features.get("labels"))

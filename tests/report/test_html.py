@@ -196,3 +196,10 @@ def test_a_browser_shows_the_page_without_errors(browse: Browse, report: Report,
     ):
         assert result in dom, dom[-600:]
     assert "descending" in dom and console == ""
+
+
+def test_umap_draws_a_figure_of_its_own(make_run) -> None:
+    pytest.importorskip("umap", reason="needs the extra hf-ssl-or[report]")
+    page, figures = write_report([make_run("run")], umap=True)
+    assert {"embedding-umap.png", "embedding-umap.svg", "embedding-pca.png"} <= {file.name for file in figures}
+    assert "UMAP" in page.read_text()
