@@ -19,18 +19,13 @@ os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler else writes lines into
 
 import argparse
 import importlib
-import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import lightly
 import torch
+from common import Row, clocked, faster, medians, parser, prepare, take_turns, write
 from lightly import loss as reference
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,7 +42,6 @@ class Pair(NamedTuple):
     same: bool = True  # whether both are the same function
 
 
-Row = dict[str, Any]
 Sizes = list[tuple[int, int]]  # of images and dimensions
 Build = Callable[[ModuleType, Tensor], Pair]
 BUILDERS: dict[str, Build] = {}
@@ -207,25 +201,19 @@ def wmse(method: ModuleType, constant_VND: Tensor) -> Pair:
 # Measuring
 
 
-def seconds(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
-    """Times one forward and backward, the device's queue included."""
-    for leaf in inputs:
-        leaf.grad = None
-    synchronise = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
-    synchronise()
-    start = time.perf_counter()
-    loss(*inputs).backward()
-    synchronise()
-    return time.perf_counter() - start
+def timed(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
+    """Gives a function that returns the seconds of one forward and backward, the device's queue included."""
 
+    def work() -> None:
+        loss(*inputs).backward()
 
-def take_turns(runs: list[Callable[[], float]], budget: float) -> list[list[float]]:
-    """Gives rounds of one result of each run, every other round in reverse, for `budget` seconds or three rounds."""
-    rounds, start = [], time.perf_counter()
-    while len(rounds) < 3 or (time.perf_counter() - start < budget and len(rounds) < 50):
-        order = -1 if len(rounds) % 2 else 1
-        rounds.append([run() for run in runs[::order]][::order])
-    return rounds
+    def run() -> float:
+        for leaf in inputs:
+            leaf.grad = None
+        return clock()
+
+    clock = clocked(work, inputs[0].device)
+    return run
 
 
 def peak_mebibytes(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
@@ -284,17 +272,17 @@ def compare(name: str, images: int, dim: int, device: torch.device, budget: floa
     # The sum over 8 million terms in lightly's DINO loss is off by 2e-3 in float32; its gradient is not.
     if pair.same and (loss_difference > 1e-2 or gradient_difference > 1e-3):
         raise RuntimeError(f"losses differ by {loss_difference:.1e}, gradients by {gradient_difference:.1e}")
-    times = take_turns([partial(seconds, pair.ours, inputs), partial(seconds, pair.theirs, views)], budget)
-    ours_s, theirs_s = zip(*times, strict=True)
+    times = take_turns([timed(pair.ours, inputs), timed(pair.theirs, views)], budget, warm=False)
+    ours_ms, theirs_ms = medians(times)
     ours_mib, theirs_mib = peak_mebibytes(pair.ours, inputs), peak_mebibytes(pair.theirs, views)
     return {
         "method": name,
         "images": images,
         "dim": dim,
         "rounds": len(times),
-        "ours_ms": 1e3 * statistics.median(ours_s),
-        "lightly_ms": 1e3 * statistics.median(theirs_s),
-        "times_faster": statistics.median(b / a for a, b in times),
+        "ours_ms": ours_ms,
+        "lightly_ms": theirs_ms,
+        "times_faster": faster(times, 0, 1),
         "ours_mib": ours_mib,
         "lightly_mib": theirs_mib,
         "times_leaner": theirs_mib / ours_mib,
@@ -311,10 +299,9 @@ def measure_views(name: str, counts: list[int], images: int, dim: int, device: t
     for views in counts:
         torch.manual_seed(0)
         loss = BUILDERS[name](method, embeddings(views, images, dim, device)).ours
-        runs.append(partial(seconds, loss, (embeddings(views, images, dim, device).requires_grad_(),)))
-    rounds = take_turns(runs, budget)[1:]
-    medians = [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
-    return {"method": name, "images": images, "dim": dim, "ours_ms": dict(zip(counts, medians, strict=True))}
+        runs.append(timed(loss, (embeddings(views, images, dim, device).requires_grad_(),)))
+    times = medians(take_turns(runs, budget))
+    return {"method": name, "images": images, "dim": dim, "ours_ms": dict(zip(counts, times, strict=True))}
 
 
 def show(row: Row) -> None:
@@ -357,31 +344,22 @@ def compare_views(args: argparse.Namespace, sizes: Sizes, device: torch.device) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", default="cpu", help="name of the folder under benchmarks/results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", choices=BUILDERS, default=list(BUILDERS), metavar="NAME")
-    parser.add_argument("--dims", type=int, nargs="+", default=[256, 2048, 8192])
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--views", type=int, nargs="*", default=[2, 4, 8], help="ours alone for so many; none to skip")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each line, though three rounds at least")
-    parser.add_argument("--quick", action="store_true", help="256 images, up to 2048 dimensions, half a second a line")
-    args = parser.parse_args()
+    arguments = parser(__doc__, seconds=5)
+    arguments.add_argument("--methods", nargs="+", choices=BUILDERS, default=list(BUILDERS), metavar="NAME")
+    arguments.add_argument("--dims", type=int, nargs="+", default=[256, 2048, 8192])
+    arguments.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
+    arguments.add_argument(
+        "--views", type=int, nargs="*", default=[2, 4, 8], help="ours alone for so many; none to skip"
+    )
+    args = arguments.parse_args()
     if args.quick:
         args.batches, args.dims, args.seconds = [256], [256, 2048], 0.5
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # lightly's DCLW
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = prepare(args)
     sizes = [(images, dim) for images in args.batches for dim in args.dims]
     rows = compare_all(args, sizes, device)
     view_rows = compare_views(args, sizes[:1], device) if args.views else []
-    versions = {"torch": torch.__version__, "lightly": lightly.__version__}
-    about = {**versions, "device": str(device), "threads": args.threads, "quick": args.quick}
-    path = Path(__file__).parent / "results" / args.machine / "losses.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "rows": rows, "views": view_rows}, indent=1) + "\n")
-    print(f"written to {path}")
+    write(__file__, args, rows=rows, views=view_rows)
 
 
 if __name__ == "__main__":

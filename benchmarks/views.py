@@ -1,26 +1,22 @@
 """Images per second of the views: this package, kornia, and torchvision image by image, on the same images.
 
-    python benchmarks/views.py --machine cpu --threads 2
+    python benchmarks/views.py --machine cpu --threads 2 [--quick] [--sizes 32 96]
 
 All three draw crop, flip, colour jitter and grayscale from the same settings. The three take turns, so that a busy
-machine slows them alike; the figures are the medians over the rounds.
+machine slows them alike; the figures are the medians over the rounds, and "faster" the median of the rounds' ratios.
+Target: at least 3 times kornia. Writes benchmarks/results/<machine>/views.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from itertools import count
 
-import kornia
 import kornia.augmentation as K
 import numpy as np
 import torch
-import torchvision
+from common import Row, Table, clocked, faster, medians, parser, prepare, take_turns, write
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -28,6 +24,12 @@ from hf_ssl_or.data.views import draw_parameters, render_views
 from hf_ssl_or.structures import ViewSpec
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+COLUMNS = {
+    "name": ("views by", ""),
+    "size": ("px", "d"),
+    "views_per_s": ("views/s", ",.0f"),
+    "times_faster": ("faster", ".2f"),
+}
 
 
 def ours(images: Tensor, spec: ViewSpec, views: int) -> Callable[[int], Tensor]:
@@ -69,44 +71,37 @@ def with_torchvision(images: Tensor, spec: ViewSpec, views: int) -> Callable[[in
     return lambda turn: torch.stack([chain(image) for _ in range(views) for image in images])
 
 
-def measure(runs: dict[str, Callable[[int], Tensor]], images: int, rounds: int) -> dict[str, float]:
-    """Gives views per second of each, from rounds in which each has one turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(turn)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: images / statistics.median(times[1:]) for name, times in seconds.items()}
+def measure(images: Tensor, views: int, budget: float) -> list[Row]:
+    """Gives views per second of each, and how many times as fast ours is."""
+    makers = {"ours": ours, "kornia": with_kornia, "torchvision": with_torchvision}
+    turns, runs = count(), [make(images, ViewSpec(), views) for make in makers.values()]
+    works = [clocked(partial(lambda run: run(next(turns)), run), images.device) for run in runs]
+    rounds = take_turns(works, budget)
+    return [
+        {
+            "name": name,
+            "size": images.shape[-1],
+            "views_per_s": views * len(images) / seconds,
+            "times_faster": faster(rounds, 0, place) if place else None,
+        }
+        for place, (name, seconds) in enumerate(zip(makers, medians(rounds, 1.0), strict=True))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32])
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    results = []
-    for size in arguments.sizes:
-        images = torch.randint(0, 256, (arguments.batch, 3, size, size), dtype=torch.uint8)
-        makers = (ours, with_kornia, with_torchvision)
-        runs = {make.__name__: make(images, ViewSpec(), arguments.views) for make in makers}
-        speeds = measure(runs, arguments.batch * arguments.views, arguments.rounds)
-        results.append({"size": size, "views_per_s": {name: round(speed) for name, speed in speeds.items()}})
-        print(f"{size} px, batch {arguments.batch}, {arguments.views} views, {arguments.threads} threads")
-        for name, speed in speeds.items():
-            print(f"  {name:18} {speed:10,.0f} views/s   1 : {speeds['ours'] / speed:.1f}")
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "kornia": kornia.__version__}
-    settings = {key: value for key, value in vars(arguments).items() if key != "sizes"}
-    out = Path(__file__).parent / "results" / arguments.machine / "views.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"cpu": platform.processor() or platform.machine(), **settings, "versions": versions, "results": results}
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    arguments = parser(__doc__, seconds=10)
+    arguments.add_argument("--batch", type=int, default=256)
+    arguments.add_argument("--views", type=int, default=2)
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[32, 96])
+    args = arguments.parse_args()
+    if args.quick:
+        args.batch, args.sizes, args.seconds = 32, [32], 0.5
+    device, table = prepare(args), Table(COLUMNS)
+    for size in args.sizes:
+        images = torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8, device=device)
+        for row in measure(images, args.views, args.seconds):
+            table.add(row)
+    write(__file__, args, rows=table.rows)
 
 
 if __name__ == "__main__":

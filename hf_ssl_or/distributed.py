@@ -9,11 +9,14 @@ on every process, which the average keeps. With one process both are the identit
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world_size() -> int:
@@ -75,6 +78,52 @@ class _Sum(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tensors of which each process holds a part; a tensor that is not sharded passes through unchanged
+
+
+def whole(x: Tensor) -> Tensor:
+    """Gathers a sharded tensor, with gradient: a collective call, so every process must make it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gathers several tensors, with gradient; those of one shape travel in one message."""
+    of_shape: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        of_shape.setdefault(tensor.shape, []).append(i)
+    gathered = list(tensors)
+    for indices in of_shape.values():
+        if isinstance(tensors[indices[0]], DTensor):
+            stack = whole(torch.stack([tensors[i] for i in indices]))
+            for i, tensor in zip(indices, stack.unbind(), strict=True):
+                gathered[i] = tensor
+    return gathered
+
+
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
+    """Takes this process's part of `x`, which every process has whole, sharded as `like` is; sends nothing."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local_part(x: Tensor) -> Tensor:
+    """Gives this process's part of a sharded tensor; changes to it are changes of the tensor. For use without grad."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def lengths(tensors: Sequence[Tensor]) -> Tensor:
+    """Gives the Euclidean length of each of P tensors, all of them sharded or none: (P,)."""
+    length_P = torch.stack(torch._foreach_norm([local_part(tensor) for tensor in tensors]))
+    if not isinstance(tensors[0], DTensor):
+        return length_P
+    square_P = length_P.square()
+    dist.all_reduce(square_P)
+    return square_P.sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batch normalisation over the global batch
 
 
@@ -87,6 +136,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     images_per_view: int | None = None
+    statistics_kept = False
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -104,7 +154,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if rest:
             raise ValueError(f"{input.shape[0]} images do not divide into views of {self.images_per_view}")
         out, mean_VC, var_VC, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, views)
-        if self.track_running_stats:
+        if self.track_running_stats and not self.statistics_kept:
             self._update_running(mean_VC, var_VC * (count / max(count - 1, 1)))
         return out
 
@@ -141,7 +191,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         count = x_VBCS.shape[1] * x_VBCS.shape[3] * world_size()
         mean_VC = (_sum_images(x_VBCS.sum(3)) / count).to(x_VBCS.dtype)
         centred = x_VBCS - mean_VC[:, None, :, None]
-        var_VC = _sum_images(torch.linalg.vector_norm(centred, dim=3), squared=True) / count
+        var_VC = _sum_images(centred.square().sum(3)) / count
         inverse_std_VC = (var_VC + eps).rsqrt().to(x_VBCS.dtype)
         ctx.save_for_backward(centred, inverse_std_VC, weight)
         ctx.views, ctx.count, ctx.has_bias, ctx.dtype = views, count, bias is not None, x.dtype
@@ -178,10 +228,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
         )
 
 
-def _sum_images(x_VBC: Tensor, squared: bool = False) -> Tensor:
-    """Sums values of images, or their squares, over the images of all processes, in float64: (V, C)."""
-    x_VBC = x_VBC.double()
-    total = (x_VBC.square() if squared else x_VBC).sum(1)
+def _sum_images(x_VBC: Tensor) -> Tensor:
+    """Sums values of images over the images of all processes, in float64: (V, C)."""
+    total = x_VBC.double().sum(1)
     if world_size() > 1:
         dist.all_reduce(total)
     return total
@@ -213,6 +262,30 @@ def use_global_batch_norm(module: nn.Module, images_per_view: int | None = None)
     return module
 
 
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Holds the running statistics of every `GlobalBatchNorm` of `module`, say while a forward pass is repeated."""
+    norms = [child for child in module.modules() if isinstance(child, GlobalBatchNorm)]
+    for norm in norms:
+        norm.statistics_kept = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.statistics_kept = False
+
+
 def has_batch_statistics(module: nn.Module) -> bool:
     """Says whether the output for one image depends on the other images of the batch while training."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
+
+
+def images_together(module: nn.Module) -> int | None:
+    """Says how many images in a row must pass while training for the output of each to be that in the whole batch.
+
+    Returns:
+        1 without batch statistics; B, this process's images of one view, with statistics per view; None for all.
+    """
+    if not has_batch_statistics(module):
+        return 1
+    return next((child.images_per_view for child in module.modules() if isinstance(child, GlobalBatchNorm)), None)

@@ -9,10 +9,11 @@ written into the run's folder.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,13 @@ class Recipe:
         return recipe_from_dict(tree)
 
 
+_MOST_VALUES, _MOST_NESTED = 10_000, 20
 _IDENTITY = ("data", "encoder", "method", "feature_whitening", "views", "orthogonality", "training")
 _NO_INFLUENCE = {
     "data": ("cache", "cache_dir", "num_workers"),
     "training": (
         *("log_every", "monitor_every", "monitor_images", "save_every", "save_steps", "keep_last", "keep_best"),
-        *("trackers", "gradient_accumulation_steps", "push", "push_to"),
+        *("trackers", "gradient_accumulation_steps", "gradient_checkpointing", "sharding", "push", "push_to"),
     ),
 }
 
@@ -154,8 +156,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Builds a recipe from plain data, as `Recipe.to_dict` gives it; `source` names it in errors."""
+    _check_plain(tree, source)
     tree = dict(tree)
-    if "data" not in tree:
+    if tree.get("data") is None:
         raise InputError(f"{source}: the key data is missing; say which images, for example data: {{dataset: shapes}}")
     hints = typing.get_type_hints(Recipe)
     known = set(hints) - {"method_name"}
@@ -171,15 +174,24 @@ def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     values["method_name"] = method.pop("name", "barlow_twins")
     try:
         config_class = get_method(values["method_name"]).config_class
-    except InputError as error:
+    except (InputError, TypeError, ValueError) as error:  # the last two: no name of a module at all
         raise _in(source, error) from error
     values["method"] = _build(config_class, method, "method", source)
     return Recipe(**values)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe as YAML that `load_recipe` reads back."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=119))
+    """Writes the resolved recipe as YAML that `load_recipe` reads back; a kill leaves the old file or the new one.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=119))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
         arguments = typing.get_args(option)
         if typing.get_origin(option) is list and dataclasses.is_dataclass(arguments[0]) and value is not None:
             if not isinstance(value, list):
-                raise InputError(f"{source}: {path}: a list is wanted, not {value!r}")
+                raise InputError(f"{source}: {path}: a list is wanted, not {value!r:.80}")
             item_class = typing.cast(type, arguments[0])
             return [_build(item_class, item, f"{path}[{i}]", source) for i, item in enumerate(value)]
         if typing.get_origin(option) is tuple and isinstance(value, list):
@@ -222,12 +234,38 @@ def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
 
 def _mapping(tree: Any, path: str, source: str) -> Mapping[str, Any]:
     if not isinstance(tree, Mapping):
-        raise InputError(f"{source}: {path}: key: value pairs are wanted, not {tree!r}")
+        raise InputError(f"{source}: {path}: key: value pairs are wanted, not {tree!r:.80}")
     return tree
 
 
-def _in(source: str, error: InputError) -> InputError:
+def _in(source: str, error: Exception) -> InputError:
     return InputError(f"{source}: {error}")
+
+
+def _check_plain(tree: Any, source: str) -> None:
+    """Refuses what would not come back from YAML or JSON as it was: a checkpoint keeps the recipe to compare."""
+    count = 0
+
+    def check(value: Any, path: str, within: tuple[int, ...]) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_VALUES or len(within) > _MOST_NESTED:
+            raise InputError(f"{source}: more than {_MOST_VALUES} values, or nested {_MOST_NESTED} deep; write less")
+        if id(value) in within:
+            raise InputError(f"{source}: {path}: contains itself")
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        elif not (value is None or isinstance(value, str | int | float)) or value != value:
+            raise InputError(f"{source}: {path}: a number, a word, a list or key: value pairs, not {value!r:.60}")
+        for key, item in items:
+            if isinstance(value, Mapping) and not isinstance(key, str):
+                raise InputError(f"{source}: {path or 'the file'}: {key!r:.60} is no word; put quotes around it")
+            check(item, f"{path}.{key}" if path else str(key), (*within, id(value)))
+
+    check(tree, "", ())
 
 
 def _plain(value: Any) -> Any:
@@ -260,14 +298,16 @@ for _tag, _pattern, _first in (
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{source}: not valid YAML: nested too deep") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:  # a date that is none, say
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _read_variant(path: Path) -> dict[str, Any]:
     """Reads a recipe file, with the changes of the variants in its name where only a shorter name is a file."""
     file, names = path, list[str]()
-    while not file.exists() and "-" in file.stem:
+    while not file.exists() and "-" in file.stem[1:]:
         stem, _, name = file.stem.rpartition("-")
         file, names = file.with_stem(stem), [name, *names]
     tree = _read(file if file.exists() else path)
@@ -284,21 +324,25 @@ def recipe_variants(path: Path) -> list[str]:
     return list(_mapping(_read(path).get("variants", {}), "variants", str(path)))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise InputError(f"{path}: defaults leads back to itself")
     try:
-        tree = _parse(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5])
         raise InputError(f"{path}: cannot be read ({error}){f'; beside it: {near}' if near else ''}") from error
-    tree = dict(_mapping(tree or {}, "the file", str(path)))
+    tree = dict(_mapping(_parse(text, str(path)) or {}, "the file", str(path)))
     if base := tree.pop("defaults", None):
-        return _merge(_read(path.parent / str(base)), tree)
+        return _merge(_read(path.parent / str(base), (*above, path.resolve())), tree)
     return tree
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), str):  # the short form: method: byol
+            merged[key] = {"name": merged[key]}
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
@@ -311,6 +355,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *sections, key = name.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):
-            tree[section] = {}
+            tree[section] = {"name": tree[section]} if isinstance(tree.get(section), str) else {}
         tree = tree[section]
     tree[key] = _parse(text, override)

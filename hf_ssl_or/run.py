@@ -43,6 +43,7 @@ from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.selection import Choice, Sample, select_checkpoint, write_choice
 from hf_ssl_or.training.trainer import Trainer, build_accelerator
 
+_UNLABELLED = 4096  # images of a streamed set that collapse is measured on, when there are no labels
 PACKAGES = ("hf-ssl-or", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
 
@@ -369,7 +370,8 @@ def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet]
     shared: dict[str, Any] = {"mean": images.mean, "std": images.std, "device": trainer.device}
     if labelled is not None:
         return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, **shared)
-    features = extract_features(trainer.encoder, images, batch_size=recipe.evaluation.batch_size, **shared)
+    judged = images.sample(_UNLABELLED, "collapse") if recipe.data.streaming else images
+    features = extract_features(trainer.encoder, judged, batch_size=recipe.evaluation.batch_size, **shared)
     return {"evaluations": [], "collapse": collapse_report(features)}
 
 

@@ -17,7 +17,8 @@ class DataArguments:
     Attributes:
         dataset: A Hub id, a folder of parquet files or of `save_to_disk`, a folder of images (flat, or with one
             subfolder per class, or with `train` and `test` subfolders of either kind), a WebDataset pattern such as
-            "shards/train-{000..009}.tar" ("{split}" in it stands for the split's name), or the built-in "shapes".
+            "shards/train-{000..009}.tar" ("{split}" in it stands for the split's name), or the built-in "shapes". With
+            `streaming` also a pattern of .parquet files, and of URLs of either.
         dataset_config: Configuration of a Hub dataset that has several.
         train_split: Name of the split that is trained on.
         test_split: Name of the split that is evaluated on.
@@ -34,6 +35,11 @@ class DataArguments:
         cache_size: Side of the stored square images. None: `image_size` if the originals are at most 96 pixels, else
             1.15 times that. Larger keeps more detail in small crops and costs disk by the square.
         max_corrupt: Share of the images that may be unreadable: they are left out and named.
+        streaming: Reads training images where they are while training, for sets too large to copy or to decode in
+            advance; for parquet and .tar files. Nothing but their index is stored. See docs/streaming.md.
+        stream_window_mib: Encoded images that are shuffled at a time, over all processes; up to twice that is held.
+        stream_lanes: Parts of a batch that read different shards: a multiple of the number of processes lets each read
+            its own. The order of the images depends on it.
         num_workers: Threads or processes that decode; 0 takes one per core, up to 8.
         shapes_train: Training images of the built-in set.
         shapes_test: Test images of the built-in set.
@@ -54,13 +60,17 @@ class DataArguments:
     cache_dir: str | None = None
     cache_size: int | None = None
     max_corrupt: float | int = 0.01
+    streaming: bool = False
+    stream_window_mib: int = 512
+    stream_lanes: int = 8
     num_workers: int = 0
     shapes_train: int = 10_000
     shapes_test: int = 2_000
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("cache_size", 1), ("num_workers", 0), ("shapes_train", 2)):
-            value = getattr(self, name)
+        least_values = {"num_workers": 0, "shapes_train": 2}
+        for name in ("image_size", "cache_size", "num_workers", "shapes_train", "stream_window_mib", "stream_lanes"):
+            value, least = getattr(self, name), least_values.get(name, 1)
             if value is not None and value < least:
                 raise InputError(f"data.{name}: at least {least}, not {value}")
         if self.shapes_test < 0:
@@ -77,6 +87,10 @@ class DataArguments:
                 raise InputError(f"data.{name}: three numbers (red, green, blue), not {len(value)}")
         if self.std is not None and min(self.std) <= 0:
             raise InputError(f"data.std: more than 0 in each channel, not {min(self.std)}")
+        if self.streaming and self.fraction != 1:
+            raise InputError("data.fraction: a streamed set is used whole; list fewer shards in data.dataset")
+        if self.streaming and self.cache == "disk":
+            raise InputError("data.cache: a streamed set is not stored; leave out data.cache, or data.streaming")
         if not self.dataset:
             raise InputError("data.dataset: name a Hub id, a folder, a pattern of .tar files, or 'shapes'")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode_all, stor
 from hf_ssl_or.data.images import ImageSet, StreamedImageSet
 from hf_ssl_or.data.labels import choose_rows
 from hf_ssl_or.data.sources import load_source
+from hf_ssl_or.data.stream import load_stream
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.randomness import keyed_permutation
 
@@ -46,6 +48,10 @@ def load_images(arguments: DataArguments, split: str, *, statistics: Statistics 
         InputError: The set, the split or a column is not there, too many images cannot be read, or the folder of the
             cache cannot be written.
     """
+    if statistics is None and arguments.mean is not None and arguments.std is not None:
+        statistics = tuple(arguments.mean), tuple(arguments.std)
+    if arguments.streaming:
+        return load_stream(arguments, split, name=_public_name(arguments.dataset), statistics=statistics)
     source = load_source(arguments, split)
     fraction = arguments.fraction if split == arguments.train_split else 1.0
     rows = choose_rows(source.labels, len(source), fraction, arguments.fraction_seed)
@@ -56,8 +62,6 @@ def load_images(arguments: DataArguments, split: str, *, statistics: Statistics 
         workers=arguments.workers(),
         max_corrupt=arguments.max_corrupt,
     )
-    if statistics is None and arguments.mean is not None and arguments.std is not None:
-        statistics = tuple(arguments.mean), tuple(arguments.std)
     if arguments.cache == "none" and job.nbytes > _MEMORY_BYTES:
         empty = torch.empty(0, 3, job.side, job.side, dtype=torch.uint8)
         known = _about(job, rows, arguments.image_size, statistics or _sampled_statistics(job))
@@ -84,8 +88,8 @@ def _about(job: DecodeJob, rows: np.ndarray, image_size: int, statistics: Statis
 def _public_name(name: str) -> str:
     """Leaves out where on this machine a local set is: the name goes into results, configurations and cards."""
     path = Path(name).expanduser()
-    local = path.is_absolute() or path.exists() or name.startswith(".") or ".tar" in name
-    return path.resolve().name if local else name
+    local = path.is_absolute() or path.exists() or name.startswith(".") or ".tar" in name or ".parquet" in name
+    return path.resolve().name.split("?")[0] if local else name
 
 
 def _sampled_statistics(job: DecodeJob) -> Statistics:
@@ -122,15 +126,19 @@ def _from_disk(job: DecodeJob, folder: Path) -> tuple[Tensor, Tally]:
 def _read_tally(data: Path, job: DecodeJob) -> Tally | None:
     """Reads what an earlier run counted; None if it left no file, or one of another length."""
     try:
-        tally = Tally(**json.loads(data.with_suffix(".json").read_text()))
-        sound = data.stat().st_size == tally.count * 3 * job.side**2
+        note = json.loads(data.with_suffix(".json").read_bytes())
+        sound = note.pop("sha256") == _digest(note) and data.stat().st_size == note["count"] * 3 * job.side**2
     except OSError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         sound = False
     if not sound:
         _logger.warning("%s is damaged and is made again", data)
-    return tally if sound else None
+    return Tally(**note) if sound else None
+
+
+def _digest(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def _write(job: DecodeJob, data: Path) -> Tally:
@@ -140,7 +148,8 @@ def _write(job: DecodeJob, data: Path) -> Tally:
         for some in decode_all(job, tally):
             file.write(some.tobytes())
     with _replacing(data.with_suffix(".json")) as file:
-        file.write(json.dumps(asdict(tally)).encode())
+        note = asdict(tally)
+        file.write(json.dumps({"sha256": _digest(note), **note}).encode())
     return tally
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hf_ssl_or.data.pixels import to_square
-from hf_ssl_or.data.sources import ImageSource
+from hf_ssl_or.data.sources import ImageReader, ImageSource
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
 
@@ -55,6 +55,10 @@ class DecodeJob:
         digest = hashlib.blake2b(f"{_LAYOUT}/{self.source.fingerprint}/{self.side}/".encode(), digest_size=12)
         digest.update(self.rows.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def too_many(self, failures: list[str]) -> InputError:
+        """Makes the error for more unreadable images than allowed."""
+        return too_many_unreadable(self.source.name, len(self.rows), self.max_corrupt, failures)
 
 
 @dataclass
@@ -110,7 +114,7 @@ def decode_all(job: DecodeJob, tally: Tally) -> Iterator[np.ndarray]:
             tally.unreadable.update(failed)
             if len(tally.unreadable) > job.max_corrupt * len(job.rows):
                 pool.shutdown(cancel_futures=True)
-                raise InputError(unreadable_message(job, list(tally.unreadable.values())))
+                raise job.too_many(list(tally.unreadable.values()))
             if images:
                 images_KCHW = np.stack(images)
                 tally.add(images_KCHW)
@@ -137,7 +141,7 @@ def _decode_some(job: DecodeJob, start: int) -> list[np.ndarray | str]:
     return [decode(job.source, int(row), job.side) for row in job.rows[start : start + _TASK]]
 
 
-def decode(source: ImageSource, row: int, side: int) -> np.ndarray | str:
+def decode(source: ImageReader, row: int, side: int) -> np.ndarray | str:
     """Reads an image as a uint8 square, (3, side, side), or says which one cannot be read and why."""
     try:
         return to_square(source.read(row), side)
@@ -146,16 +150,29 @@ def decode(source: ImageSource, row: int, side: int) -> np.ndarray | str:
         return f"{source.describe(row)}: {reason.splitlines()[0]}"
 
 
-def unreadable_message(job: DecodeJob, failures: list[str]) -> str:
-    """Says that too many images cannot be read, and names the first."""
-    n, allowed = len(job.rows), int(job.max_corrupt * len(job.rows))
-    return (
-        f"{job.source.name}: {len(failures)} or more of {n} images cannot be read, and "
-        f"data.max_corrupt={job.max_corrupt:g} allows {allowed}; the first is {failures[0]}"
+def note_unreadable(known: dict[int, str], found: dict[int, str], name: str, n: int, max_corrupt: float) -> None:
+    """Adds images that a streamed set has found to be unreadable to those known, and names the new ones in the log.
+
+    Raises:
+        InputError: They are more than allowed.
+    """
+    new = {row: reason for row, reason in found.items() if row not in known}
+    for reason in dict.fromkeys(new.values()).keys() - known.values():
+        _logger.warning("the next image takes the place of %s", reason)
+    known |= new
+    if len(known) > max_corrupt * n:
+        raise too_many_unreadable(name, n, max_corrupt, list(known.values()))
+
+
+def too_many_unreadable(name: str, n: int, max_corrupt: float, failures: list[str]) -> InputError:
+    """Makes the error for more unreadable images than allowed, which names the first."""
+    return InputError(
+        f"{name}: {len(failures)} or more of {n} images cannot be read, and data.max_corrupt={max_corrupt:g} allows "
+        f"{int(max_corrupt * n)}; the first is {failures[0]}"
     )
 
 
-def stored_side(source: ImageSource, rows: np.ndarray, image_size: int) -> int:
+def stored_side(source: ImageReader, rows: np.ndarray, image_size: int) -> int:
     """Chooses the side of the squares: the views' own for small originals, a margin for the crops of large ones.
 
     A crop of a fifth of the area has 0.45 of the side: from squares of the views' own size it would be enlarged 2.2

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,8 @@ from PIL import Image
 from hf_ssl_or.data.labels import encode_labels
 from hf_ssl_or.errors import InputError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+_MOST_SHARDS = 1_000_000
 _SPLITS = ("train", "test", "val", "valid", "validation", "unlabeled", "unlabelled")
 
 
@@ -31,6 +33,10 @@ class FolderSource:
     """A folder of images, at any depth, in sorted order.
 
     If every image is in one of two or more subfolders these are the classes; else the images are unlabelled.
+
+    Raises:
+        InputError: What bears the name of an image is no file (a pipe, a device).
+        OSError: A folder or a file cannot be looked at; none is passed over.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -56,21 +62,38 @@ class FolderSource:
 
 
 def _image_paths(folder: Path) -> list[str]:
-    """Lists images below a folder by path relative to it, with slashes; hidden files and folders are left out."""
+    """Lists images below a folder by path relative to it, with slashes; hidden files and folders are left out.
+
+    Links to folders are followed, but for those that lead back to a folder that they are in.
+    """
     paths = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".") and name.lower().endswith(_EXTENSIONS)]
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(root, name)]
+        names = [name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)]
         paths += [Path(root, name).relative_to(folder).as_posix() for name in names]
     return paths
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _leads_back(root: str, name: str) -> bool:
+    path = os.path.join(root, name)
+    if not os.path.islink(path):
+        return False
+    there, here = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath([there, here]) == there
 
 
 def _file_key(files: Iterable[tuple[str, Path]]) -> str:
     """Hashes names, sizes and times of change."""
     digest = hashlib.blake2b(digest_size=12)
     for name, path in files:
-        stat = path.stat()
-        digest.update(f"{name}:{stat.st_size}:{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"data.dataset: {path} is no file (a pipe or a device); remove it")
+        digest.update(f"{name}:{found.st_size}:{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -80,11 +103,12 @@ def _file_key(files: Iterable[tuple[str, Path]]) -> str:
 
 def expand_shards(pattern: str, split: str) -> list[Path]:
     """Lists the shards of a pattern: {split}, {000..009} and {a,b} are filled in, then * and ? are looked up."""
-    names = _expand_braces(os.path.expanduser(pattern.replace("{split}", split)))
+    names = expand_braces(os.path.expanduser(pattern.replace("{split}", split)))
     return [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """Fills in {000..009} and {a,b}, in every combination."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -93,7 +117,7 @@ def _expand_braces(pattern: str) -> list[str]:
         options = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     else:
         options = found[1].split(",")
-    ends = _expand_braces(pattern[found.end() :])
+    ends = expand_braces(pattern[found.end() :])
     return [pattern[: found.start()] + option + end for option in options for end in ends]
 
 
@@ -101,7 +125,7 @@ class TarSource:
     """WebDataset shards, uncompressed: images at known places of the files, and `.cls` labels if all images have one.
 
     Raises:
-        InputError: A shard is not a tar file.
+        InputError: A shard is not a tar file, or is cut off, or damaged between its files.
     """
 
     def __init__(self, name: str, shards: list[Path]) -> None:
@@ -143,13 +167,26 @@ def _index_shard(number: int, shard: Path) -> tuple[list[tuple[int, int, int, st
                 key = f"{folder}/{stem}"
                 if not member.isfile() or file.startswith("."):
                     continue
-                if f".{extension.lower()}".endswith(_EXTENSIONS):
+                if f".{extension.lower()}".endswith(IMAGE_EXTENSIONS):
                     images.setdefault(key, (number, member.offset_data, member.size, member.name))
                 elif extension == "cls":
                     content = archive.extractfile(member)
                     assert content is not None  # a member that is a file has content
                     text = content.read().decode().strip()
-                    labels[key] = int(text) if text.isdigit() else text
+                    labels[key] = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+            _check_end(archive, shard)
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.dataset: cannot read {shard} as an uncompressed tar file: {error}") from error
     return list(images.values()), [labels.get(key) for key in images]
+
+
+def _check_end(archive: tarfile.TarFile, shard: Path) -> None:
+    """Looks for the block of zeros that ends an archive: the tar module takes a damaged header for the end."""
+    with open(shard, "rb") as file:
+        file.seek(archive.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise InputError(
+            f"data.dataset: {shard} is cut off or damaged at byte {archive.offset:,} (no further file and no end mark "
+            "there); write it anew"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hf_ssl_or.data.decode import DecodeJob, decode, unreadable_message
-from hf_ssl_or.errors import InputError
-
-_logger = logging.getLogger(__name__)
+from hf_ssl_or.data.decode import DecodeJob, decode, note_unreadable
+from hf_ssl_or.data.order import Order, ShuffledOrder
+from hf_ssl_or.randomness import keyed_permutation
 
 
 @dataclass(kw_only=True)
@@ -76,6 +74,14 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[index]
         return dataclasses.replace(self, images=self.batch(index, self.images.device), labels=labels)
 
+    def sample(self, size: int, *key: int | str) -> ImageSet:
+        """Gives a set of at most `size` images, at random by the key, in the order of the set."""
+        return self.subset(np.sort(keyed_permutation(len(self), *key)[:size]))
+
+    def order(self, batch_size: int, seed: int) -> Order:
+        """Gives the order in which a run takes the images."""
+        return ShuffledOrder(len(self), batch_size, seed)
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Gives the set with its pixels on a device."""
         return dataclasses.replace(self, images=self.images.to(device))
@@ -126,11 +132,7 @@ class StreamedImageSet(ImageSet):
         return self
 
     def _count(self, images_BCHW: Tensor, failures: dict[int, str]) -> Tensor:
-        for row in failures.keys() - self._failures.keys():
-            self._failures[row] = failures[row]
-            _logger.warning("the next image takes the place of %s", failures[row])
-        if len(self._failures) > self.job.max_corrupt * len(self):
-            raise InputError(unreadable_message(self.job, list(self._failures.values())))
+        note_unreadable(self._failures, failures, self.job.source.name, len(self), self.job.max_corrupt)
         return images_BCHW
 
 
@@ -149,7 +151,7 @@ class _Decoder(Dataset):
             if isinstance(image, np.ndarray):
                 return image, failures
             failures[row] = image
-        raise InputError(unreadable_message(self.job, list(failures.values())))
+        raise self.job.too_many(list(failures.values()))
 
 
 def _collate(items: list[tuple[np.ndarray, dict[int, str]]]) -> tuple[Tensor, dict[int, str]]:

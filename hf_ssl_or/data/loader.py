@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.views import draw_parameters, render_views
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 _DEVICE_BYTES = 4 * 2**30  # sets up to this size move to the GPU's memory
@@ -22,9 +20,9 @@ _DEVICE_BYTES = 4 * 2**30  # sets up to this size move to the GPU's memory
 class ViewLoader:
     """Gives each step's views to one process of a run.
 
-    An epoch is a permutation of the images keyed by (seed, epoch), cut into global batches; an incomplete last one is
-    dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches together are the
-    single process's batch, whatever their number, and any step can be the first after a restart.
+    An epoch takes the images in an order keyed by (seed, epoch), see `data.order`, in global batches; an incomplete
+    last one is dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches
+    together are the single process's batch, whatever their number, and any step can be the first after a restart.
 
     On a GPU the next step's views are rendered on a stream of their own while the current step runs.
 
@@ -66,10 +64,10 @@ class ViewLoader:
         self.views, self.local_views = tuple(views), tuple(local_views)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = len(images) // batch_size
+        self._order = images.order(batch_size, seed)
+        self.steps_per_epoch = self._order.steps_per_epoch
         self.wait_s = 0.0
         self._prefetch = prefetch and self.device.type == "cuda"
-        self._order = lru_cache(maxsize=2)(lambda epoch: keyed_permutation(len(images), seed, "order", epoch))
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         """Yields the batches of global steps start_step, ..., stop_step - 1, over any number of epochs."""
@@ -84,10 +82,8 @@ class ViewLoader:
 
     def indices(self, step: int) -> np.ndarray:
         """Gives the indices of this process's images at a global step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
         size = self.batch_size // self.world_size
-        first = place * self.batch_size + self.rank * size
-        return self._order(epoch)[first : first + size]
+        return self._order.indices(step, self.rank * size, size)
 
     def _render(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         steps = range(start_step, stop_step)

@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
+import datasets
 import numpy as np
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import FolderSource, TarSource, expand_shards, folder_splits
+from hf_ssl_or.data.files import FolderSource, TarSource, expand_braces, expand_shards, folder_splits
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.data.tables import TableSource, is_saved, load_tables
 from hf_ssl_or.errors import InputError
 
 
-class ImageSource(Protocol):
+class ImageReader(Protocol):
+    """Images that are opened by number."""
+
+    def read(self, i: int) -> Image.Image | np.ndarray:
+        """Opens image i: a PIL image that need not be decoded yet, or a uint8 array (H, W, 3)."""
+        ...
+
+    def describe(self, i: int) -> str:
+        """Says where image i is, for messages."""
+        ...
+
+
+class ImageSource(ImageReader, Protocol):
     """A split of a data set.
 
     Attributes:
@@ -32,14 +46,6 @@ class ImageSource(Protocol):
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
-
-    def read(self, i: int) -> Image.Image | np.ndarray:
-        """Opens image i: a PIL image that need not be decoded yet, or a uint8 array (H, W, 3)."""
-        ...
-
-    def describe(self, i: int) -> str:
-        """Says where image i is, for messages."""
-        ...
 
 
 def load_source(arguments: DataArguments, split: str) -> ImageSource:
@@ -71,6 +77,8 @@ def load_source(arguments: DataArguments, split: str) -> ImageSource:
 
 def list_splits(arguments: DataArguments) -> list[str]:
     """Names the splits of a data set, so that a run without test images can go without what is measured on them."""
+    if arguments.streaming:
+        return [arguments.train_split]
     kind, both = _kind(arguments.dataset), [arguments.train_split, arguments.test_split]
     if kind == "table":
         return list(load_tables(arguments))
@@ -84,6 +92,10 @@ def list_splits(arguments: DataArguments) -> list[str]:
 def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "table"]:
     if dataset == "shapes":
         return "shapes"
+    if "://" in dataset:
+        raise InputError(
+            f"data.dataset: {dataset.split('?')[0]} is elsewhere; set data.streaming=true, or copy it here"
+        )
     if dataset.endswith((".tar", ".tar}")):
         return "shards"
     folder = Path(dataset).expanduser()
@@ -111,3 +123,53 @@ def _shards(arguments: DataArguments, split: str) -> list[Path]:
     if missing and len(missing) < len(shards):
         raise InputError(f"data.dataset: {len(missing)} of {len(shards)} shards are missing, the first: {missing[0]}")
     return [] if missing else shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards that are streamed
+
+
+def list_shards(arguments: DataArguments, split: str) -> list[str]:
+    """Lists the paths and URLs of the parquet and tar files of a split, in order.
+
+    Raises:
+        InputError: There is no such set or split, or it is made of other files.
+    """
+    pattern = arguments.dataset
+    if "://" in pattern or pattern.endswith((".tar", ".tar}", ".parquet", ".parquet}")):
+        urls = (
+            _expand_urls(pattern, split) if "://" in pattern else [str(path) for path in expand_shards(pattern, split)]
+        )
+    else:
+        urls = _resolved_files(arguments, split)
+    odd = next((url for url in urls if not url.split("?")[0].endswith((".parquet", ".tar"))), None)
+    if odd or not urls:
+        raise InputError(
+            f"data.streaming: reads .parquet and uncompressed .tar files, and {pattern} has "
+            f"{odd.split('?')[0] if odd else 'none'}; leave out data.streaming, or write the images into such files"
+        )
+    return urls
+
+
+def _expand_urls(pattern: str, split: str) -> list[str]:
+    parts = urlsplit(pattern)
+    if parts.password is not None:
+        raise InputError("data.dataset: leave the password out of the address: a run's files would hold it")
+    if any(sign in parts.path for sign in "*["):
+        raise InputError(f"data.dataset: {parts.path} on a server cannot be looked up; write it as {{000..009}}")
+    return expand_braces(pattern.replace("{split}", split))
+
+
+def _resolved_files(arguments: DataArguments, split: str) -> list[str]:
+    """Lists the files that the `datasets` library finds for a split of a folder or a Hub id."""
+    kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
+    if kind == "shapes" or is_saved(folder):
+        raise InputError(f"data.streaming: {arguments.dataset} is not made of shards; leave out data.streaming")
+    try:
+        path = str(folder) if folder.is_dir() else arguments.dataset
+        files = datasets.load_dataset_builder(path, arguments.dataset_config).config.data_files or {}
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"data.dataset: cannot load {arguments.dataset!r}: {reason}") from error
+    _check_split(arguments, split, list(files))
+    return list(files[split])

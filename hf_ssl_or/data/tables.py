@@ -54,7 +54,7 @@ class TableSource:
 
     def __init__(self, table: datasets.Dataset, arguments: DataArguments, split: str) -> None:
         self.name, self._split = arguments.dataset, split
-        self._column = _image_column(table, arguments)
+        self._column = image_column(table.features, arguments)
         self._cells = table.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self.labels, self.class_names = _labels(table, arguments)
         self.fingerprint = self._content_key(table)
@@ -86,8 +86,12 @@ class TableSource:
         return digest.hexdigest()
 
 
-def _image_column(table: datasets.Dataset, arguments: DataArguments) -> str:
-    features = table.features
+def image_column(features: datasets.Features, arguments: DataArguments) -> str:
+    """Names the column of the images: the one that the arguments name, or the one that looks like it.
+
+    Raises:
+        InputError: There is none.
+    """
     if arguments.image_column is not None:
         if arguments.image_column not in features:
             raise unknown("data.image_column", arguments.image_column, features)

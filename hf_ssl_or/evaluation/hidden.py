@@ -18,18 +18,12 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.features import evaluating
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, normalised_eigenvalues
 from hf_ssl_or.evaluation.view_scatter import ViewScatter
-from hf_ssl_or.randomness import hashed_seed, keyed_permutation
+from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import ViewSpec
 
-SAMPLE = 4096  # images, as in He, Du & Ma
 _WIDEST = 8192  # dimensions whose covariance is held, 512 MiB
 _INPUT_SIDE = 32  # pixels: an input of 3072 dimensions
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def sample_images(images: ImageSet, *key: int | str, size: int = SAMPLE) -> ImageSet:
-    """Takes at most `size` images, at random by the key, in the order of the set."""
-    return images.subset(np.sort(keyed_permutation(len(images), *key)[:size]))
 
 
 def hidden_covariances(
@@ -53,7 +47,7 @@ def hidden_covariances(
 
     Args:
         encoder: Takes `output_hidden_states`, and its configuration has `stage_names`; on `device` already.
-        images: The images, say of `sample_images`.
+        images: The images, say a sample.
         mean: Mean of each channel that the encoder was trained with, of values in [0, 1].
         std: Standard deviation of each channel, likewise.
         image_size: Side in pixels; None takes the images' own.

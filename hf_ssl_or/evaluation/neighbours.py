@@ -15,7 +15,6 @@ from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.views import clean_views
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.randomness import keyed_permutation
 
 FEATURES_FILE = "features.npz"
 NEIGHBOURS_FILE = "neighbours.npz"
@@ -87,7 +86,7 @@ def write_samples(
         queries: Images whose neighbours are sought.
         k: Neighbours of each.
     """
-    sample = images.subset(np.sort(keyed_permutation(len(images), "report sample")[:limit]))
+    sample = images.sample(limit, "report sample")
     features_NF = extract_features(
         encoder,
         sample,

@@ -6,13 +6,14 @@ It owns its heads and its state (teacher, queue, centre); the training loop know
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_ssl_or.distributed import gather_batch, has_batch_statistics
+from hf_ssl_or.distributed import gather_batch, images_together, keep_statistics
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.teacher import MomentumTeacher
 from hf_ssl_or.methods.whitening import WhiteningConfig, feature_whitening
@@ -44,6 +45,7 @@ class SSLMethod(nn.Module):
         needs_patches: Whether the encoder must be a vision transformer of ours.
         order_of_views_matters: Whether the loss changes when the views change places.
         chunks: In how many parts the encoder sees the batch, see `prepare_accumulation`.
+        images_together: A part is made of so many images, or of several times as many.
 
     Raises:
         InputError: The method cannot work with so many views or so small a batch.
@@ -86,7 +88,7 @@ class SSLMethod(nn.Module):
         self.encoder, self.config, self.whitening = encoder, config, whitening
         self.num_views, self.num_local_views, self.batch_size = num_views, num_local_views, batch_size
         self.feature_size: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.chunks, self.channels_last = 1, False
+        self.chunks, self.images_together, self.channels_last = 1, 1, False
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Gives the loss of the global batch, from this process's part of it."""
@@ -132,13 +134,10 @@ class SSLMethod(nn.Module):
         tensors = {"pixel_values": images, **inputs}
         if self.chunks == 1:
             return _encoded(encoder, read, tensors)
-        parts = zip(*(tensor.chunk(self.chunks) for tensor in tensors.values()), strict=True)
-        return torch.cat(
-            [
-                checkpoint(_encoded, encoder, read, dict(zip(tensors, part, strict=True)), use_reentrant=False)
-                for part in parts
-            ]
-        )
+        units = -(-len(images) // self.images_together)
+        size = -(-units // self.chunks) * self.images_together
+        parts = zip(*(tensor.split(size) for tensor in tensors.values()), strict=True)
+        return torch.cat([_encoded_again(encoder, read, dict(zip(tensors, part, strict=True))) for part in parts])
 
     def output(self, loss: Tensor, terms: dict[str, Tensor], embeddings_VBD: Tensor) -> SSLOutput:
         """Packs the loss with its terms, detached; adds feature whitening where the recipe asks for it.
@@ -154,17 +153,23 @@ class SSLMethod(nn.Module):
             loss, terms = loss + whitening, {**terms, "whitening": whitening}
         return SSLOutput(loss=loss, terms={name: term.detach() for name, term in terms.items()})
 
-    def prepare_accumulation(self, chunks: int) -> None:
-        """Makes a step need about 1/chunks of the encoder's memory, with the gradient of the whole batch.
+    def prepare_accumulation(self, chunks: int, *, recompute_blocks: bool = False) -> None:
+        """Makes a step need less of the encoder's memory, with the gradient of the whole batch.
 
         The loss compares all images with each other, so summing gradients over small batches would be another loss.
-        Instead activations are recomputed in backward: of one chunk of images at a time, or, for an encoder whose
-        output for an image depends on the other images (batch normalisation), of one block at a time.
+        Instead activations are recomputed in backward: of one part of the views of all images at a time, for about
+        1/chunks of the memory. With batch statistics per view a part is made of whole views. With those of the whole
+        batch, all images must pass a block before the next one, so activations are recomputed block by block.
+
+        Args:
+            chunks: Number of parts.
+            recompute_blocks: Recomputes block by block in any case.
         """
-        if chunks > 1 and has_batch_statistics(self.encoder):
+        together = images_together(self.encoder)
+        if together is not None:
+            self.chunks, self.images_together = chunks, together
+        if recompute_blocks or (chunks > 1 and together is None):
             self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        else:
-            self.chunks = chunks
 
     def use_channels_last(self) -> None:
         """Stores convolution weights and images with channels last, which tensor cores prefer."""
@@ -186,3 +191,12 @@ def require_positive(config: Any, *names: str) -> None:
 
 def _encoded(encoder: nn.Module, read: str, tensors: dict[str, Tensor]) -> Tensor:
     return getattr(encoder(**tensors), read)
+
+
+def _encoded_again(encoder: nn.Module, read: str, tensors: dict[str, Tensor]) -> Tensor:
+    """Encodes now and once more in backward, which leaves running statistics alone."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), keep_statistics(encoder)
+
+    return checkpoint(_encoded, encoder, read, tensors, use_reentrant=False, context_fn=contexts)

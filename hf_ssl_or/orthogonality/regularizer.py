@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from hf_ssl_or.distributed import local_part, shard_like, whole_each
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality import penalties
@@ -38,6 +39,9 @@ class OrthogonalityRegularizer:
     Per optimizer step: backward with its all-reduce, `set_progress`, `add_gradients`, clip, step. Penalty and gradient
     depend on the weights alone, so they are the same on every process, and they are added once, to gradients that have
     been averaged and accumulated. Weights that are frozen when a method is called are left out.
+
+    Sharded weights (FSDP2) are gathered for the matrices of one shape at a time, and each process adds its part of the
+    gradient. Every method is a collective call then, which all processes make.
 
     SRIP keeps a unit vector v per matrix from step to step, and is read off along the best vector of the plane of v
     and M v (`penalties.ritz_vectors`), a constant for the gradient. `add_gradients` ends with `power_iterations` more
@@ -180,7 +184,8 @@ class OrthogonalityRegularizer:
             if frozen or site.weight.requires_grad:
                 groups[site.matrix_shape, site.weight.dtype].append(site)
         for (_, dtype), sites in groups.items():
-            stacks = [site.matrices() for site in sites]
+            weights = whole_each([site.weight for site in sites])  # sharded ones: this group's alone, one at a time
+            stacks = [site.matrices(weight) for site, weight in zip(sites, weights, strict=True)]
             w_LOI = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
             yield sites, w_LOI if dtype == torch.float64 else w_LOI.float()
 
@@ -243,6 +248,6 @@ def _accumulate(sites: list[Site], grad_LOI: Tensor, scale: float) -> None:
         weight = site.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        grads.append(weight.grad)
-        updates.append(site.like_weight(update_POI))
+        grads.append(local_part(weight.grad))
+        updates.append(local_part(shard_like(site.like_weight(update_POI), weight)))
     torch._foreach_add_(grads, updates, alpha=scale)

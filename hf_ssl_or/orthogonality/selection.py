@@ -41,20 +41,26 @@ class Site:
         outputs = self.weight.shape[0]
         return outputs // self.parts, self.weight.numel() // outputs
 
-    def matrices(self) -> Tensor:
-        """The weight as a stack (parts, O, I); a view both for contiguous and for channels-last weights."""
-        return _in_memory_order(self.weight).reshape(self.parts, *self.matrix_shape)
+    def matrices(self, gathered: Tensor | None = None) -> Tensor:
+        """The weight as a stack (parts, O, I); a view of contiguous weights, and of channels-last ones that are wide.
+
+        Args:
+            gathered: All of a weight that is sharded over processes.
+        """
+        weight = self.weight if gathered is None else gathered
+        return self._ordered(weight).reshape(self.parts, *self.matrix_shape)
 
     def like_weight(self, update_POI: Tensor) -> Tensor:
         """An update of `matrices()` with the shape, memory order and type of the weight."""
         weight = self.weight
-        update = update_POI.reshape(_in_memory_order(weight).shape)
-        return (update if weight.is_contiguous() else update.movedim(-1, 1)).to(weight.dtype)
+        ordered = self._ordered(weight)
+        update = update_POI.reshape(ordered.shape)
+        return (update if ordered is weight else update.movedim(-1, 1)).to(weight.dtype)
 
-
-def _in_memory_order(weight: Tensor) -> Tensor:
-    """Moves the input channels last unless the weight is contiguous: penalties do not see the order of the columns."""
-    return weight if weight.is_contiguous() else weight.movedim(1, -1)
+    def _ordered(self, weight: Tensor) -> Tensor:
+        """Orders the columns as they lie in memory, which penalties do not see; the vectors of tall matrices do."""
+        outputs, inputs = self.matrix_shape
+        return weight if weight.is_contiguous() or outputs > inputs else weight.movedim(1, -1)
 
 
 def select_sites(encoder: nn.Module, config: OrthogonalityConfig) -> list[Site]:

@@ -19,14 +19,18 @@ class TrainingArguments:
         epochs: Passes over the training images.
         max_steps: Ends the run after so many steps instead of `epochs`; the schedules span these steps.
         batch_size: Images per step over all processes; each gives V views.
-        gradient_accumulation_steps: Encodes the batch in so many parts to save memory. Exact: the loss, its statistics
-            and the gradient stay those of the whole batch, at the price of computing activations twice.
+        gradient_accumulation_steps: Encodes the views of all images in so many parts to save memory. Exact: the loss,
+            its statistics and the gradient stay those of the whole batch, at the price of computing activations twice.
+            With batch normalisation a part is made of whole views (batch_norm: per_view) or of blocks (global).
         optimizer: The optimizer and its learning-rate schedule.
         max_grad_norm: Clips the gradient, penalty included, to this norm; None leaves it.
         mixed_precision: "bf16" or "fp16" autocast; losses, penalties and statistics stay in float32.
         device: "auto" takes a GPU if there is one.
         channels_last: Memory format of the encoder and its images.
         compile: Compiles the encoder with `torch.compile`.
+        sharding: "full": each process holds a part of every weight, gradient, teacher and optimizer state (FSDP2), and
+            gathers one block at a time; "none": each holds all of them. The result is the same.
+        gradient_checkpointing: Recomputes the activations inside each block of the encoder in backward.
         batch_norm: "global": statistics over all views and processes; "per_view": over each view and all processes,
             for comparison with code that forwards view by view.
         log_every: Steps between two lines of `metrics.jsonl`.
@@ -53,6 +57,8 @@ class TrainingArguments:
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = True
     compile: bool = False
+    sharding: Literal["none", "full"] = "none"
+    gradient_checkpointing: bool = False
     batch_norm: Literal["global", "per_view"] = "global"
     log_every: int = 20
     monitor_every: int = 10
@@ -75,6 +81,8 @@ class TrainingArguments:
             raise InputError(f"training.monitor_every: 0 (never) or a number of epochs, not {self.monitor_every}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise InputError(f"training.max_grad_norm: more than 0, or null for no clipping, not {self.max_grad_norm}")
+        if self.sharding == "full" and self.mixed_precision == "fp16":
+            raise InputError("training.mixed_precision: fp16 does not go with training.sharding: full; use bf16")
         if (self.push is None) != (self.push_to is None):
             raise InputError("training.push, training.push_to: give both, say push: end and push_to: owner/name")
         if self.keep_best and not self.monitor_every:

@@ -6,14 +6,12 @@ optimizer, ...) and `state.json` with the step, the loop's own state, and the si
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -102,15 +100,28 @@ def _like(parameter: Tensor, key: str, tensors: dict[str, Tensor]) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
-def snapshot(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Copies every tensor to contiguous CPU memory of its own, so that training may go on while it is written."""
-    return {
-        group: {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        for group, tensors in groups.items()
-    }
+def snapshot(
+    groups: dict[str, dict[str, Tensor]], *, into: dict[str, dict[str, Tensor]] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Copies every tensor to contiguous CPU memory of its own, so that training may go on while it is written.
+
+    Args:
+        groups: Named groups of tensors, on any device, of any layout.
+        into: An earlier copy whose memory is used again: new memory takes as long to get as to fill.
+    """
+    copies: dict[str, dict[str, Tensor]] = {}
+    for group, tensors in groups.items():
+        earlier = (into or {}).get(group, {})
+        copies[group] = {name: _copy(tensor.detach(), earlier.get(name)) for name, tensor in tensors.items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # copies into pinned memory are under way
+    return copies
+
+
+def _copy(tensor: Tensor, earlier: Tensor | None) -> Tensor:
+    if earlier is None or earlier.shape != tensor.shape or earlier.dtype != tensor.dtype:
+        earlier = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return earlier.copy_(tensor, non_blocking=True)
 
 
 def write(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -131,10 +142,8 @@ def write(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], state: 
         safetensors.torch.save_file(tensors, path)  # then reading back: half the time and memory of hashing first
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            files[path.name] = {
-                "size": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
     content = json.loads(json.dumps({"format": FORMAT, "step": step, "files": files, "state": state}))
     _write_json(folder / "state.json", {"sha256": _json_digest(content), **content})
     for name in files:
@@ -148,12 +157,17 @@ def _read_state(folder: Path) -> dict[str, Any]:
     data = _read_bytes(path)
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path}: damaged (it is not JSON)") from error
     if not isinstance(content, dict) or content.pop("sha256", None) != _json_digest(content):
         raise DamagedCheckpointError(f"{path}: damaged (its SHA-256 differs from the one noted in it)")
-    if content["format"] != FORMAT:
-        raise InputError(f"{path}: format {content['format']}, but this version of hf_ssl_or reads format {FORMAT}")
+    if (found := content.get("format")) != FORMAT:
+        raise InputError(f"{path}: format {found!r:.40}, but this version of hf_ssl_or reads format {FORMAT}")
+    files = content.get("files")
+    noted = list(files.values()) if isinstance(files, dict) else [None]
+    sound = all(isinstance(note, dict) and note.keys() == {"size", "sha256"} for note in noted)
+    if not (sound and isinstance(content.get("state"), dict) and type(content.get("step")) is int):
+        raise DamagedCheckpointError(f"{path}: damaged (it does not hold what a checkpoint does)")
     for name in content["files"]:
         if not _PLAIN.fullmatch(name.removesuffix(".safetensors")):
             raise DamagedCheckpointError(f"{path}: {name!r} is not the name of a file in this folder")
@@ -230,26 +244,25 @@ class CheckpointStore:
         Raises:
             InputError: It cannot be written; the checkpoints before it are untouched.
         """
+        return self.write(step, snapshot(groups), state)
+
+    def write(self, step: int, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+        """Does what `save` does with what `snapshot` gave."""
         final, temporary = self.folder / f"step-{step}", self.folder / f".tmp-step-{step}"
         try:
             self._clean()
-            write(temporary, step, snapshot(groups), state)
+            write(temporary, step, groups, state)
             self._publish(temporary, final)
             self._prune(step)
         except (OSError, SafetensorError) as error:
-            last = self.latest() or "none"
-            raise InputError(
-                f"{self.folder}: step {step} cannot be saved ({_reason(error)}); last good checkpoint: {last}"
-            ) from error
+            problem = f"{self.folder}: step {step} cannot be saved ({_reason(error)})"
+            raise InputError(f"{problem}; last good checkpoint: {self.latest() or 'none'}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return final
 
     def load(self, path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Reads a checkpoint.
-
-        Args:
-            path: Folder of the checkpoint.
+        """Reads the checkpoint in a folder.
 
         Returns:
             The groups of tensors on the CPU, and the state with the `step` beside it.
@@ -257,11 +270,12 @@ class CheckpointStore:
         Raises:
             InputError: A file is missing, incomplete, damaged, or of another format; the message names it.
         """
-        content = _read_state(Path(path))
-        groups = {
-            name.removesuffix(".safetensors"): safetensors.torch.load(data)
-            for name, data in _read_files(Path(path), content["files"])
-        }
+        content, groups = _read_state(Path(path)), {}
+        for name, data in _read_files(Path(path), content["files"]):
+            try:
+                groups[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+            except SafetensorError as error:
+                raise DamagedCheckpointError(f"{path}/{name}: is no safetensors file ({error})") from error
         return groups, {**content["state"], "step": content["step"]}
 
     def steps(self) -> list[int]:
@@ -315,8 +329,9 @@ class CheckpointStore:
             return None
         try:
             best = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path}: damaged (it is not JSON); remove it to go on without a best one") from error
+            best = {"step": int(best["step"]), "value": float(best["value"]), "name": str(best["name"])}
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+            raise InputError(f"{path}: damaged; remove it to go on without a best one") from error
         return best if best["step"] in self._folders() else None
 
     @staticmethod
@@ -358,42 +373,3 @@ class CheckpointStore:
                 gone = self.folder / f".tmp-gone-{step}"  # so that a kill meanwhile leaves no half checkpoint
                 os.replace(self.folder / f"step-{step}", gone)
                 shutil.rmtree(gone, ignore_errors=True)
-
-
-class RunLock:
-    """Holds a run's folder for this process, until released, or until the process ends in whatever way.
-
-    Args:
-        run_dir: Folder of the run; made if absent.
-
-    Raises:
-        InputError: Another process holds it, or it cannot be locked.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        run_dir = Path(run_dir)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / ".lock").open("a+")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._file.flush()
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise InputError(f"{run_dir}: in use by {holder}; wait for it, or choose another run folder") from error
-        except OSError as error:
-            raise InputError(f"{run_dir}: cannot be locked ({_reason(error)})") from error
-        os.register_at_fork(after_in_child=self._file.close)  # else an orphaned worker would go on holding the lock
-
-    def release(self) -> None:
-        """Lets the folder go."""
-        self._file.close()
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

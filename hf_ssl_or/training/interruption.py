@@ -1,8 +1,12 @@
-"""Being asked to stop: the step is finished, the state saved, and the run can be resumed."""
+"""Being asked to stop: the step is finished, the state saved, and the run can be resumed. Or having lost a process."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,10 +14,28 @@ import torch
 from accelerate import Accelerator
 
 AGREE_EVERY = 8  # steps between two agreements of several processes: each costs one small all-reduce
+_LOST = re.compile(r"[Cc]onnection (?:closed|reset|refused)[\w ]*|[Bb]roken pipe|[Tt]imed out|gloo|NCCL")
 
 
 class TrainingInterrupted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT); its state is saved and resuming continues it."""
+    """The run was asked to stop (SIGTERM, SIGINT), or lost a process; resuming continues from what is saved."""
+
+
+@contextmanager
+def losing_others() -> Iterator[None]:
+    """Says in one line that another process of the run has ended, which torch says in a traceback of its own.
+
+    Raises:
+        TrainingInterrupted: Gloo or NCCL could not reach another process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = _LOST.search(str(error))
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or lost is None:
+            raise
+        where, what = f"process {os.environ.get('RANK', '0')}", "another process of this run has ended"
+        raise TrainingInterrupted(f"{where}: {what} or cannot be reached ({lost[0]}) and says why") from error
 
 
 class StopRequest:

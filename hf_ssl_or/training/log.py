@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from hf_ssl_or.errors import InputError
 
 
 class MetricLog:
@@ -19,6 +23,9 @@ class MetricLog:
         path: The file. On resume, lines at or after `start_step` are dropped first: they will be written again.
         accelerator: Passes the numbers on to its trackers.
         start_step: First step of this session of the run.
+
+    Raises:
+        InputError: The file cannot be written.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
@@ -26,27 +33,39 @@ class MetricLog:
         if accelerator.is_main_process and path.exists():
             kept = [line for line in read_metrics(path) if line["step"] < start_step]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
+            with _named(path):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                os.replace(temporary, path)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes one line: `kind` is "train" or "monitor", `step` the number of finished steps minus one."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with _named(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; a last line cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
+    """Reads a `metrics.jsonl`; damaged lines are left out, such as a last one cut off by a kill or a full disk."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int:
+            lines.append(line)
     return lines
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file where the operating system does not, as for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 class Meter:

@@ -14,7 +14,7 @@ from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum, sample_images
+from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum
 from hf_ssl_or.evaluation.knn import knn_accuracy
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, normalised_eigenvalues
 from hf_ssl_or.evaluation.weights import weight_spectra
@@ -107,4 +107,4 @@ class Monitor:
         }
 
     def _sample(self, images: ImageSet, purpose: str) -> ImageSet:
-        return sample_images(images, self.arguments.seed, purpose, size=self.arguments.monitor_images)
+        return images.sample(self.arguments.monitor_images, self.arguments.seed, purpose)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_ssl_or.distributed import lengths, local_part
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.settings import settings
 
@@ -175,15 +176,17 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if params:
-                self._update(params, [parameter.grad for parameter in params], group)
+                self._update(params, group)
         return loss
 
-    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        params = [local_part(weight) for weight in weights]
+        grads = [local_part(weight.grad) for weight in weights if weight.grad is not None]
         updates: Any = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(updates, _trust_ratios(params, grads, group))
+            torch._foreach_mul_(updates, _trust_ratios(weights, group))
         if momentum := group["momentum"]:
-            buffers: Any = [self._buffer(parameter) for parameter in params]
+            buffers: Any = [local_part(self._buffer(weight)) for weight in weights]
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, updates)
             if group["nesterov"]:
@@ -199,14 +202,31 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Any:
+def _trust_ratios(weights: list[Tensor], group: dict[str, Any]) -> Any:
     """Computes q of every weight, as scalars on the device."""
-    param_norm_P = torch.stack(torch._foreach_norm(params))
-    grad_norm_P = torch.stack(torch._foreach_norm(grads))
+    param_norm_P = lengths(weights)
+    grad_norm_P = lengths([weight.grad for weight in weights if weight.grad is not None])
     ratio_P = group["eta"] * param_norm_P / (grad_norm_P + group["weight_decay"] * param_norm_P + group["eps"])
     if group["clip"]:
         ratio_P = (ratio_P / max(group["lr"], torch.finfo(torch.float32).tiny)).clamp(max=1)
     return torch.where((param_norm_P > 0) & (grad_norm_P > 0), ratio_P, 1.0).unbind()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scales all gradients by one factor, so that together they are no longer than `max_norm`.
+
+    Args:
+        parameters: Those without gradient are skipped. Sharded ones cost one small message.
+        max_norm: The longest gradient.
+
+    Returns:
+        Length of the gradient before, a scalar on the device.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(lengths(grads))
+    torch._foreach_mul_([local_part(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, arguments: OptimizerArguments) -> float:

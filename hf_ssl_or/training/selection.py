@@ -15,7 +15,7 @@ from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.collapse import collapse_report, lidar
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.hidden import sample_images, scatter_views
+from hf_ssl_or.evaluation.hidden import scatter_views
 from hf_ssl_or.evaluation.knn import knn_accuracy
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.checkpoint import CheckpointStore
@@ -132,17 +132,17 @@ class Sample:
         """Gives the value, or None if it is undefined for these features."""
         if measure == "knn":
             return self._knn(encoder)
-        sample = sample_images(self.images, self.seed, "monitor", size=self.count)
+        sample = self.images.sample(self.count, self.seed, "monitor")
         if measure == "lidar":
-            few = sample_images(sample, self.seed, "lidar", size=LIDAR_IMAGES)
+            few = sample.sample(LIDAR_IMAGES, self.seed, "lidar")
             return lidar(scatter_views(encoder, few, self.views, num_views=LIDAR_VIEWS, **self._how()))
         return collapse_report(extract_features(encoder, sample, progress=False, **self._how())).get(measure)
 
     def _knn(self, encoder: nn.Module) -> float:
         if self.bank is None or self.test is None:
             raise InputError("knn needs labelled training and test images; rankme needs none")
-        bank = sample_images(self.bank, self.seed, "monitor bank", size=self.count)
-        test = sample_images(self.test, self.seed, "monitor test", size=self.count)
+        bank = self.bank.sample(self.count, self.seed, "monitor bank")
+        test = self.test.sample(self.count, self.seed, "monitor test")
         features: list[Tensor] = [
             extract_features(encoder, images, progress=False, **self._how()) for images in (bank, test)
         ]

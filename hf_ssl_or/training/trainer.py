@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
@@ -26,17 +26,24 @@ from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.training import sharding
 from hf_ssl_or.training.arguments import TrainingArguments
-from hf_ssl_or.training.checkpoint import CheckpointStore, RunLock, load_optimizer, optimizer_tensors
+from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors
 from hf_ssl_or.training.interruption import StopRequest, TrainingInterrupted
+from hf_ssl_or.training.lock import RunLock
 from hf_ssl_or.training.log import Meter, MetricLog
+from hf_ssl_or.training.memory import keep_freed_memory
 from hf_ssl_or.training.monitor import Monitor
-from hf_ssl_or.training.optim import build_optimizer, learning_rate, set_learning_rate
+from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from hf_ssl_or.training.progress import Clock, RunProgress
+from hf_ssl_or.training.saving import BackgroundSaver
 
 
 class Trainer:
     """Pretrains the encoder of a method on views of images.
+
+    With `sharding: full` and several processes, what is trained is a sharded copy of the method, `trained`; the method
+    itself, whole on each process, gets the weights of its encoder at every look and at the end.
 
     Args:
         method: The method with its encoder, see `hf_ssl_or.methods`.
@@ -68,10 +75,13 @@ class Trainer:
         self.arguments, self.images, self.run_dir, self.recipe = arguments, images, Path(run_dir), recipe or {}
         self.accelerator = build_accelerator(arguments, self.run_dir)
         self.method = self._prepare_method(method)
-        self.optimizer = build_optimizer(self.method, arguments.optimizer, batch_size=arguments.batch_size)
-        self.model, self.wrapped_optimizer = self.accelerator.prepare(self.method, self.optimizer)
+        self.trained = sharding.shard(method, self.device, compile=arguments.compile) if self.sharded else self.method
+        self.optimizer = build_optimizer(self.trained, arguments.optimizer, batch_size=arguments.batch_size)
+        self.wrapped_optimizer = self.accelerator.prepare(self.optimizer)
+        self.model = self.accelerator.prepare_model(self.trained, evaluation_mode=self.sharded)  # then without DDP
+        self.encoder.to(self.device)
         self.regularizer = OrthogonalityRegularizer(
-            method.encoder, orthogonality or OrthogonalityConfig(penalty="none")
+            self.trained.encoder, orthogonality or OrthogonalityConfig(penalty="none")
         )
         self.loader = ViewLoader(
             images,
@@ -89,13 +99,14 @@ class Trainer:
         if arguments.keep_best == "knn" and self.monitor.test is None:
             raise InputError("training.keep_best: knn needs labelled training and test images; rankme needs none")
         self.store = CheckpointStore(self.run_dir, keep_last=arguments.keep_last)
-        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        self.saver = BackgroundSaver(self.store)
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.meter = Meter()
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
 
     @property
-    def encoder(self) -> torch.nn.Module:
-        """The encoder that is being trained."""
+    def encoder(self) -> nn.Module:
+        """The encoder that is being trained, whole; while sharded training runs, as it was at the last look."""
         return self.method.encoder
 
     @property
@@ -103,14 +114,21 @@ class Trainer:
         """Where this process computes."""
         return self.accelerator.device
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process trains a part of each weight; alone it has all of them."""
+        return self.arguments.sharding == "full" and self.accelerator.num_processes > 1
+
     def _prepare_method(self, method: SSLMethod) -> SSLMethod:
         arguments = self.arguments
         images = arguments.batch_size // self.accelerator.num_processes
         use_global_batch_norm(method, images_per_view=images if arguments.batch_norm == "per_view" else None)
-        method.prepare_accumulation(arguments.gradient_accumulation_steps)
+        method.prepare_accumulation(
+            arguments.gradient_accumulation_steps, recompute_blocks=arguments.gradient_checkpointing
+        )
         if arguments.channels_last:
             method.use_channels_last()
-        if arguments.compile:
+        if arguments.compile and not self.sharded:
             for encoder in method.encoders():
                 encoder.compile()  # in place: the names in the state dict do not change
         return method.train()
@@ -131,7 +149,10 @@ class Trainer:
         with self._locked(), StopRequest(self.accelerator) as stop_request:
             start = self._resume() if resume else 0
             self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
-            self._run(start, stop_request)
+            self._put_encoder_away()
+            with self.saver:
+                self._run(start, stop_request)
+            self._update_encoder()
 
     def _run(self, start: int, stop_request: StopRequest) -> None:
         log = MetricLog(self.run_dir / "metrics.jsonl", self.accelerator, start)
@@ -159,18 +180,22 @@ class Trainer:
         look = arguments.monitor_every and (last or (rest == 0 and epoch % arguments.monitor_every == 0))
         values: dict[str, float] = {}
         if look:
+            self._update_encoder()
             values = self.monitor.look(self.encoder, self.run_dir / "spectra" / f"step-{done}.npz")
+            self._put_encoder_away()
             log.write("monitor", done - 1, values)
             progress.show_monitor(values)
         if arguments.save_steps is not None:
             save = done % arguments.save_steps == 0
         else:
             save = rest == 0 and epoch % arguments.save_every == 0
-        best = values.get(arguments.keep_best) if arguments.keep_best else None
+        name = arguments.keep_best
+        best = (values[name], name) if name in values else None
         if save or last or stop or best is not None:
-            self._save(done)
-        if arguments.keep_best and best is not None and self.accelerator.is_main_process:
-            self.store.mark_best(done, best, arguments.keep_best)
+            self._save(done, best)
+        if last or stop:
+            self.saver.wait()
+            self.accelerator.wait_for_everyone()
 
     def training_step(self, batch: MultiViewBatch) -> SSLOutput:
         """One optimizer step on this process's part of the global batch; waits for nothing."""
@@ -186,17 +211,27 @@ class Trainer:
         penalty = self.regularizer.add_gradients()
         values = {"loss": output.loss, **output.terms, "penalty": penalty}
         if arguments.max_grad_norm is not None:
-            values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, arguments.max_grad_norm)
+            values["grad_norm"] = clip_gradients(self.parameters, arguments.max_grad_norm)
         self.wrapped_optimizer.step()
         self.wrapped_optimizer.zero_grad(set_to_none=True)
-        self.method.on_step_end(step, self.total_steps)
+        self.trained.on_step_end(step, self.total_steps)
         self.all_finite = self.all_finite & torch.isfinite(output.loss.detach()) & torch.isfinite(penalty)
         self.meter.add({name: value.detach() for name, value in values.items()})
         return output
 
+    def _update_encoder(self) -> None:
+        """Brings a sharded run's weights to the whole encoder, and that to the device."""
+        if self.sharded:
+            sharding.update_whole(self.encoder.to(self.device), self.trained.encoder)
+
+    def _put_encoder_away(self) -> None:
+        if self.sharded:
+            self.encoder.cpu()
+
     def _fetch(self, done: int) -> dict[str, float]:
         """Brings the means since the last line to the host."""
         self._check_finite(done)
+        self.saver.check()
         return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _check_finite(self, done: int) -> None:
@@ -208,16 +243,18 @@ class Trainer:
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, best: tuple[float, str] | None) -> None:
         self._check_finite(done)
+        groups, state = self._state()
+        if self.sharded:
+            groups = sharding.gather_groups(groups, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            self.store.save(done, *self._state())
-        self.accelerator.wait_for_everyone()
+            self.saver.save(done, groups, state, best=best)
 
     def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors, entries = optimizer_tensors(self.optimizer)
         groups = {
-            "method": self.method.state_dict(),
+            "method": self.trained.state_dict(),
             "optimizer": tensors,
             "orthogonality": self.regularizer.state_dict(),
         }
@@ -227,13 +264,17 @@ class Trainer:
 
     def _resume(self) -> int:
         path = self.store.latest()
+        newest = torch.tensor(0 if path is None else int(path.name.removeprefix("step-")), device=self.device)
+        if not bool((self.accelerator.gather(newest) == newest).all()):
+            raise InputError(f"{self.run_dir}: machines see other checkpoints; use a folder that all of them share")
         if path is None:
             return 0
         groups, state = self.store.load(path)
         if difference := first_difference(state["recipe"], self.recipe):
             raise InputError(f"{path}: made by another recipe: {difference}; use another run folder, or this recipe")
-        self.method.load_state_dict(groups["method"])
-        load_optimizer(self.optimizer, groups["optimizer"], state["optimizer"])
+        sharding.load_whole(self.trained, groups["method"])
+        tensors = sharding.shard_optimizer_tensors(self.optimizer, groups["optimizer"])
+        load_optimizer(self.optimizer, tensors, state["optimizer"])
         self.regularizer.load_state_dict(groups["orthogonality"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -253,6 +294,8 @@ def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerato
     cpu = arguments.device == "cpu" or not torch.cuda.is_available()
     if arguments.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    if cpu:
+        keep_freed_memory()
     return Accelerator(
         cpu=cpu,
         mixed_precision=arguments.mixed_precision,

@@ -16,7 +16,7 @@ from hf_ssl_or.data.images import ImageSet
 from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report
-from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum, sample_images, scatter_views
+from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum, scatter_views
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator
 from hf_ssl_or.evaluation.view_scatter import ViewScatter
 from hf_ssl_or.models.auto import create_encoder
@@ -91,9 +91,9 @@ def test_the_spectrum_of_the_input() -> None:
 
 def test_a_sample_depends_on_its_key_alone() -> None:
     images = image_set(50)
-    first, again, other = (sample_images(images, key, "sample", size=20).images for key in (0, 0, 1))
+    first, again, other = (images.sample(20, key, "sample").images for key in (0, 0, 1))
     assert len(first) == 20 and first.equal(again) and not first.equal(other)
-    assert len(sample_images(images, 0)) == 50
+    assert len(images.sample(100, 0)) == 50
 
 
 def test_scattered_views_are_those_of_a_bank() -> None:

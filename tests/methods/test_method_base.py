@@ -127,6 +127,22 @@ def test_an_encoder_with_batch_norm_recomputes_its_blocks_instead(tiny_encoder):
     assert encoder.seen == [8]  # whole: the statistics are those of the whole batch
 
 
+@pytest.mark.parametrize("chunks", [2, 4, 8])
+def test_parts_are_whole_views_where_each_view_has_statistics_of_its_own(tiny_encoder, chunks):
+    views_VBCHW = torch.randn(4, 3, 3, 8, 8, dtype=torch.float64)
+    states, gradients = [], []
+    for count in (1, chunks):
+        method = use_global_batch_norm(Plain(tiny_encoder().double(), Config(), **SIZES), 3)
+        method.prepare_accumulation(count)
+        features = method.encode(views_VBCHW)
+        (features[0] * features[1:].mean(0).roll(1, 0)).sum().square().backward()
+        gradients.append([p.grad for p in method.parameters()])
+        states.append(method.state_dict())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)  # running statistics moved once
+    assert set(method.encoder.seen) == {3 * -(-4 // chunks)}
+
+
 def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
     encoder = tiny_encoder(batch_norm=False)
     encoder.layers.append(nn.Dropout(0.5))

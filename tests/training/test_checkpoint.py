@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.training import checkpoint
-from hf_ssl_or.training.checkpoint import CheckpointStore, RunLock, load_optimizer, optimizer_tensors, snapshot
+from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors, snapshot
 from hf_ssl_or.training.optim import OptimizerArguments, build_optimizer
 
 OPTIMIZERS = [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0}, {"name": "lars", "nesterov": True}]
@@ -452,48 +451,3 @@ def test_a_best_that_is_gone_or_never_was(tmp_path: Path) -> None:
     (store.folder / "best.json").write_text("{")
     with pytest.raises(InputError, match=r"best\.json: damaged"):
         store.best()
-
-
-# -- the lock ---------------------------------------------------------------------------------------------------------
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run"):
-        with pytest.raises(InputError, match=f"run: in use by process {os.getpid()} on .*; wait"):
-            RunLock(tmp_path / "run")
-        RunLock(tmp_path / "other").release()
-    lock = RunLock(tmp_path / "run")
-    lock.release()
-    lock.release()
-    RunLock(tmp_path / "run").release()
-
-
-def hold_and_fork(run_dir: Path, worker) -> None:
-    lock = RunLock(run_dir)
-    child = os.fork()
-    if child:
-        worker.value = child
-    time.sleep(60)
-    lock.release()
-
-
-def test_a_killed_run_lets_go_even_if_its_workers_live_on(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Value("i", 0, lock=False)
-    process = forked(hold_and_fork, tmp_path, worker)
-    while not worker.value:
-        assert process.is_alive()
-    try:
-        with pytest.raises(InputError, match=f"in use by process {process.pid}"):
-            RunLock(tmp_path)
-        process.kill()
-        process.join()
-        os.kill(worker.value, 0)  # the worker lives
-        RunLock(tmp_path).release()
-    finally:
-        os.kill(worker.value, signal.SIGKILL)
-
-
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(InputError, match="run: cannot be locked"):
-        RunLock(tmp_path / "run")

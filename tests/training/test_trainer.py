@@ -113,7 +113,7 @@ def test_trackers_get_the_numbers(tmp_path: Path):
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path: Path):
-    from hf_ssl_or.training.checkpoint import RunLock
+    from hf_ssl_or.training.lock import RunLock
 
     with RunLock(tmp_path), pytest.raises(InputError, match="in use"):
         make(tmp_path).train()

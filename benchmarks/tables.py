@@ -1,0 +1,135 @@
+"""Writes the tables of docs/speed.md from the results, so that no figure is typed by hand.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between `<!-- table MACHINE SCRIPT KEY -->` and `<!-- end -->`, and is made from the rows under KEY in
+benchmarks/results/MACHINE/SCRIPT.json; without that file it reads "Not measured". `--check` changes nothing, and fails
+where a table is not that of its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Columns = dict[str, tuple[str, str]]
+GROWTH: Columns = {"name": ("method", ""), "size": ("size", "d"), "ours_ms": ("ms", ".0f"), "times": ("times", ".2f")}
+TABLES: dict[tuple[str, str], Columns] = {
+    ("penalty", "rows"): {
+        "encoder": ("encoder", ""),
+        "penalty": ("penalty", ""),
+        "add_gradients_ms": ("ours, ms", ".1f"),
+        "autograd_loop_ms": ("autograd loop, ms", ".1f"),
+        "times_faster": ("times as fast", ".2f"),
+        "share_of_step_at_512_images": ("share of a step of 512 images", ".2%"),
+    },
+    ("step", "steps"): {
+        "name": ("method", ""),
+        "encoder": ("encoder", ""),
+        "dim": ("projector", "d"),
+        "batch": ("images", "d"),
+        "ours_ms": ("ours, ms", ".0f"),
+        "lightly_ms": ("lightly, ms", ".0f"),
+        "times_faster": ("times as fast", ".2f"),
+        "ours_so_ms": ("ours with SO, ms", ".0f"),
+    },
+    ("step", "epochs"): {
+        "name": ("method", ""),
+        "encoder": ("encoder", ""),
+        "ours_images_per_s": ("ours, images/s", ".0f"),
+        "lightly_images_per_s": ("lightly, images/s", ".0f"),
+        "times_faster": ("times as fast", ".2f"),
+    },
+    ("views", "rows"): {
+        "name": ("views by", ""),
+        "size": ("px", "d"),
+        "views_per_s": ("views/s", ",.0f"),
+        "times_faster": ("ours is times as fast", ".2f"),
+    },
+    ("loader", "rows"): {
+        "name": ("", ""),
+        "ours": ("ours", ".1f"),
+        "pil": ("PIL loop", ".1f"),
+        "datasets": ("datasets and torchvision", ".1f"),
+        "times_faster": ("times as fast as the latter", ".2f"),
+    },
+    ("checkpoint", "rows"): {
+        "encoder": ("encoder", ""),
+        "mebibytes": ("MiB", ".0f"),
+        "stall_ms": ("the loop waits, ms", ".0f"),
+        "copy_ms": ("of it copying, ms", ".1f"),
+    },
+    ("losses", "rows"): {
+        "method": ("method", ""),
+        "images": ("images", "d"),
+        "dim": ("dim", "d"),
+        "ours_ms": ("ours, ms", ".1f"),
+        "lightly_ms": ("lightly, ms", ".1f"),
+        "times_faster": ("times as fast", ".2f"),
+        "times_leaner": ("times as lean", ".2f"),
+    },
+    ("anatomy", "rows"): {},
+    **{("growth", key): GROWTH for key in ("views", "dims", "batches", "sides", "processes")},
+}
+
+
+def cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(rows: list[dict[str, Any]], columns: Columns) -> list[str]:
+    heads = [head for head, _ in columns.values()]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[cell(row.get(key), form) for key, (_, form) in columns.items()] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def anatomy(rows: list[dict[str, Any]]) -> list[str]:
+    """One column for each case, one line for each part."""
+    heads = ["part of a step", *(f"{row['name']}, {row['encoder']}, {row['dim']}" for row in rows)]
+    lines = [heads, ["---"] * len(heads), ["whole, ms", *(f"{row['total_ms']:.0f}" for row in rows)]]
+    for part in rows[0]["parts_ms"]:
+        lines.append([part, *(f"{row['parts_ms'][part] / row['total_ms']:.1%}" for row in rows)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def source(results: dict[str, Any]) -> str:
+    """Says in one line what the figures are from."""
+    machine, settings, versions = results["machine"], results["settings"], results["versions"]
+    where = machine["gpu"] or f"{machine['cpu']}, {settings['threads']} threads of {machine['cores']} cores"
+    quick = ", a quick run with small sizes" if settings["quick"] else ""
+    return f"({where}; torch {versions['torch']}, lightly {versions['lightly']}; {results['date']}{quick})"
+
+
+def block(match: re.Match[str]) -> str:
+    start, machine, script, key, end = match.groups()
+    path = RESULTS / machine / f"{script}.json"
+    if not path.exists():
+        return f"{start}Not measured.\n{end}"
+    results = json.loads(path.read_text())
+    rows, columns = results[key], TABLES[script, key]
+    lines = anatomy(rows) if script == "anatomy" else table(rows, columns)
+    return "\n".join([start + "", *lines, "", source(results), "", end])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = PAGE.read_text()
+    new = BLOCK.sub(block, old)
+    if args.check:
+        sys.exit(0 if new == old else f"{PAGE} is not what the results say: run python benchmarks/tables.py")
+    PAGE.write_text(new)
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

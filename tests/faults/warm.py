@@ -1,0 +1,21 @@
+"""What the fork server imports before it forks runs; nothing here computes, so that a fork is safe."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot
+import torch.distributed
+import torch.nn.parallel
+import torch.utils.tensorboard
+
+import hf_ssl_or.cli
+import hf_ssl_or.preview
+import hf_ssl_or.run
+import hf_ssl_or.show
+from hf_ssl_or.hub.secrecy import mask
+from hf_ssl_or.methods import available_methods, get_method
+
+__all__ = ["hf_ssl_or", "mask", "matplotlib", "torch"]
+
+for name in ("byol", "barlow_twins"):
+    get_method(name)
+assert available_methods()
