@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: help quickstart test check format bench clean
+.PHONY: help quickstart test check format bench torture clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,10 +25,13 @@ format: $(VENV)/.test   ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench   ## benchmarks of the views, the penalties and the losses
-	$(BIN)/python benchmarks/views.py
-	$(BIN)/python benchmarks/penalty.py
-	$(BIN)/python benchmarks/losses.py --quick
+bench: $(VENV)/.bench   ## the CPU benchmarks, then the tables of docs/speed.md (about 15 minutes on 2 cores)
+	for script in penalty step growth views loader checkpoint anatomy; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/losses.py --quick --machine quick
+	$(BIN)/python benchmarks/tables.py
+
+torture: $(VENV)/.test  ## 50 kills at random instants, each run resumed to the same end
+	$(BIN)/python tests/faults/torture.py --kills 50
 
 clean:          ## remove the environment and the runs
 	rm -rf $(VENV) runs
