@@ -237,13 +237,17 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from hf_ssl_or.run import pretrain, recipe_and_folder
     from hf_ssl_or.show import print_results
-    from hf_ssl_or.training.interruption import TrainingInterrupted
+    from hf_ssl_or.training.interruption import TrainingInterrupted, losing_others
 
     recipe, folder = recipe_and_folder(
         arguments.recipe, arguments.overrides, output=arguments.output, resume=arguments.resume
     )
     try:
-        results = pretrain(recipe, folder, resume=arguments.resume)
+        with losing_others():
+            results = pretrain(recipe, folder, resume=arguments.resume)
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a full disk names no file
+        raise
     except TrainingInterrupted as interruption:
         print(f"hf-ssl-or: {interruption}; continue with: hf-ssl-or train {folder} --resume", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -86,12 +86,10 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     bank, test = labelled or (None, None)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
     baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
-    if is_main:
-        write_recipe(recipe, run_dir / "recipe.yaml")
     weights_before = weight_report(trainer.encoder)
     started = time.perf_counter()
     with _pushing(recipe, trainer, images, run_dir) if is_main else nullcontext():
-        trainer.train(resume=resume)
+        trainer.train(resume=resume, on_start=lambda: write_recipe(recipe, run_dir / "recipe.yaml"))
     seconds = time.perf_counter() - started
     if is_main:
         save_encoder(recipe, trainer, images, run_dir / "encoder")

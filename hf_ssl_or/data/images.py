@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_ssl_or.data.decode import DecodeJob, decode, note_unreadable
 from hf_ssl_or.data.order import Order, ShuffledOrder
+from hf_ssl_or.errors import InputError
 from hf_ssl_or.randomness import keyed_permutation
 
 
@@ -117,7 +119,7 @@ class StreamedImageSet(ImageSet):
             collate_fn=_collate,
             pin_memory=torch.device(device).type == "cuda",
         )
-        for images_BCHW, failures in loader:
+        for images_BCHW, failures in _watched(loader):
             yield self._count(images_BCHW, failures).to(device, non_blocking=True)
 
     def subset(self, indices: Tensor | np.ndarray) -> ImageSet:
@@ -134,6 +136,19 @@ class StreamedImageSet(ImageSet):
     def _count(self, images_BCHW: Tensor, failures: dict[int, str]) -> Tensor:
         note_unreadable(self._failures, failures, self.job.source.name, len(self), self.job.max_corrupt)
         return images_BCHW
+
+
+def _watched(loader: Iterable[Any]) -> Iterator[Any]:
+    """Says in one line that a worker died, which torch says in one of several errors."""
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "data: a process that decodes images was killed (often for want of memory); "
+            "set fewer data.num_workers and continue with --resume"
+        ) from error
 
 
 class _Decoder(Dataset):

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
@@ -167,6 +168,27 @@ _SHAPING = {"stem", "image_size", "patch_size", "channels", "pooling", "num_chan
 _TIMM_NAMES = {"img_size": "image_size", "global_pool": "pooling", "in_chans": "num_channels"}
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """Reads a `config.json` that others wrote."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"init_from: {path} is no JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture", ""), str):
+        raise ValueError(f"init_from: {path} is no configuration of an encoder")
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"init_from: {path}: {key} holds no key: value pairs")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"init_from: {path} is damaged: {error}") from error
+
+
 class _Checkpoint:
     """A folder on disk or on the Hub that holds a configuration and safetensors, in our layout or timm's."""
 
@@ -178,7 +200,7 @@ class _Checkpoint:
             raise ValueError(
                 f"init_from: {self.source} has no config.json, or is not in the cache of this offline machine"
             )
-        self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.config = _read_config(path)
         self.is_ours = str(self.config.get("model_type", "")).startswith("ssl_")
         if "architecture" not in self.config:
             raise ValueError(f"init_from: {self.source} is neither of this package's layout nor of timm's")
@@ -193,7 +215,7 @@ class _Checkpoint:
         known = {field.name for field in fields(config_class)}
         options = {key: value for key, value in named.items() if key in known & _SHAPING}
         for key in ("image_size", "patch_size"):
-            if isinstance(options.get(key), list):  # timm writes [height, width]
+            if options.get(key) and isinstance(options[key], list):  # timm writes [height, width]
                 options[key] = options[key][0]
         taken = {*config_class.fixed_arguments, *options}
         arguments = self.config.get("model_args", {})
@@ -211,7 +233,7 @@ class _Checkpoint:
     def _read_files(self) -> dict[str, Tensor]:
         whole = self._fetch("model.safetensors")
         if whole is not None:
-            return load_file(whole)
+            return _read_weights(whole)
         index = self._fetch(SHARD_INDEX)
         if index is None:
             raise ValueError(f"init_from: {self.source} has no model.safetensors; only safetensors are read")
@@ -220,7 +242,7 @@ class _Checkpoint:
             shard = self._fetch(name)
             if shard is None:
                 raise ValueError(f"init_from: {self.source} has no {name}, which its index names")
-            weights.update(load_file(shard))
+            weights.update(_read_weights(shard))
         return weights
 
     def _fetch(self, name: str) -> Path | None:

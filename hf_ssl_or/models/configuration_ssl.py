@@ -194,7 +194,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"architecture: unknown name {self.architecture!r}{nearest(self.architecture, known)}")
         try:
             net = _outline(name, json.dumps(arguments, sort_keys=True))
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"timm refuses {name} with {arguments}: {error}") from error
         if type(net) not in self.timm_classes:
             raise ValueError(f"architecture: {name} is a {type(net).__name__}, not of the family {self.model_type}")

@@ -7,7 +7,7 @@ the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,14 @@ class Trainer:
                 encoder.compile()  # in place: the names in the state dict do not change
         return method.train()
 
-    def train(self, *, resume: bool = False) -> None:
+    def train(self, *, resume: bool = False, on_start: Callable[[], None] = lambda: None) -> None:
         """Runs to the end, writing metrics, spectra and checkpoints into the run folder.
 
         Processes stay connected, so that the encoder can be judged; `accelerator.end_training()` parts them.
 
         Args:
             resume: Continues from the newest valid checkpoint; without one, starts at step 0.
+            on_start: Called by the main process once the folder is this run's and locked, before the first step.
 
         Raises:
             InputError: The folder is not this run's, or is in use, or cannot be written.
@@ -148,6 +149,8 @@ class Trainer:
         """
         with self._locked(), StopRequest(self.accelerator) as stop_request:
             start = self._resume() if resume else 0
+            if self.accelerator.is_main_process:
+                on_start()
             self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
             self._put_encoder_away()
             with self.saver:
@@ -235,11 +238,20 @@ class Trainer:
         return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _check_finite(self, done: int) -> None:
-        if bool(self.all_finite):
-            return
+        if not self.all_finite:
+            raise self._not_finite("the loss is", done)
+
+    def _check_weights(self, weights: dict[str, Tensor], done: int) -> None:
+        """Refuses to save NaN: a gradient may be it where the loss is not, and the loss shows it a step later."""
+        finite = [weight.isfinite().all() for weight in weights.values() if weight.is_floating_point()]
+        if finite and not torch.stack(finite).all():
+            raise self._not_finite("weights are", done)
+
+    def _not_finite(self, what: str, done: int) -> NonFiniteLossError:
+        self.saver.wait()
         last = self.store.latest()
         good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
-        raise NonFiniteLossError(f"the loss is not finite at or before step {done}; lower the learning rate; {good}")
+        return NonFiniteLossError(f"{what} not finite at or before step {done}; lower the learning rate; {good}")
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
@@ -248,6 +260,7 @@ class Trainer:
         groups, state = self._state()
         if self.sharded:
             groups = sharding.gather_groups(groups, keep=self.accelerator.is_main_process)
+        self._check_weights(groups.get("method", {}), done)
         if self.accelerator.is_main_process:
             self.saver.save(done, groups, state, best=best)
 
