@@ -64,7 +64,9 @@ TABLES: dict[tuple[str, str], Columns] = {
         "encoder": ("encoder", ""),
         "mebibytes": ("MiB", ".0f"),
         "stall_ms": ("the loop waits, ms", ".0f"),
-        "copy_ms": ("of it copying, ms", ".1f"),
+        "write_ms": ("a thread writes, ms", ".0f"),
+        "step_ms": ("a step, ms", ".0f"),
+        "beside_ms": ("a step beside writing, ms", ".0f"),
     },
     ("losses", "rows"): {
         "method": ("method", ""),
