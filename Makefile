@@ -14,7 +14,7 @@ quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on bu
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
 test: check     ## lint, types and all tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test    ## lint and types
 	$(BIN)/ruff check .

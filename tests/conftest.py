@@ -12,6 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+FIRST = ("training", "hub", "evaluation")  # the slow rooms: with several workers none of them is left for the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state() -> Iterator[None]:

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-SCRIPT = """
-import resource, torch
-from hf_ssl_or.training.memory import keep_freed_memory
-if {keep}:
-    keep_freed_memory()
-for _ in range(3):
+from hf_ssl_or.training import memory
+
+SCRIPT = f"""
+import resource, runpy, sys, torch
+if sys.argv[1] == "keep":
+    runpy.run_path({memory.__file__!r})["keep_freed_memory"]()
+for _ in range(10):
     torch.ones(16_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -23,8 +24,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_a_tensor_takes_the_memory_that_another_has_freed() -> None:
     fresh = [
-        float(subprocess.run([sys.executable, "-c", SCRIPT.format(keep=keep)], capture_output=True, check=True).stdout)
-        for keep in (False, True)
+        float(subprocess.run([sys.executable, "-c", SCRIPT, what], capture_output=True, check=True).stdout)
+        for what in ("return", "keep")
     ]
     assert fresh[0] > 0.9, "each tensor got pages of its own"
-    assert fresh[1] < 0.01
+    assert fresh[1] < 0.1

@@ -75,13 +75,13 @@ def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: to
     return {"losses": torch.stack(losses), **state}, trainer.accelerator.is_main_process
 
 
-def main(folder: str, accumulation: str) -> None:
+def main(folder: str, accumulation: str, *dtypes: str) -> None:
     torch.set_num_threads(1)
-    for dtype_name, dtype in DTYPES.items():
+    for dtype in dtypes or DTYPES:
         for name, batch_norm in CASES:
-            result, is_main = train(name, int(accumulation), batch_norm, Path(folder) / "run", dtype)
+            result, is_main = train(name, int(accumulation), batch_norm, Path(folder) / "run", DTYPES[dtype])
             if is_main:
-                save_file(result, Path(folder) / f"{name}-{batch_norm}-{dtype_name}.safetensors")
+                save_file(result, Path(folder) / f"{name}-{batch_norm}-{dtype}.safetensors")
 
 
 if __name__ == "__main__":
