@@ -9,6 +9,7 @@ sum over matrices becomes the mean. So the value has the same scale for narrow a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -22,6 +23,8 @@ from hf_ssl_or.orthogonality import penalties
 from hf_ssl_or.orthogonality.selection import Site, select_sites
 from hf_ssl_or.orthogonality.strength import resolve_weight, schedule_factor
 from hf_ssl_or.randomness import keyed_generator
+
+_LARGE = 2**20  # numbers of a matrix
 
 # Each penalty of stacks (L, O, I): with autograd, and with the gradient in closed form. SRIP takes vectors besides.
 _FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]] = {
@@ -178,12 +181,16 @@ class OrthogonalityRegularizer:
     # Groups ----------------------------------------------------------------------------------------------------------
 
     def _groups(self, frozen: bool = False) -> Iterator[tuple[list[Site], Tensor]]:
-        """Gathers the sites of one matrix shape with their matrices as a stack, in at least float32."""
+        """Gathers the sites of one matrix shape with their matrices as a stack, in at least float32.
+
+        On a CPU a large matrix goes alone: there a batch saves it nothing, and the stack is a copy.
+        """
         groups = defaultdict(list)
         for site in self._sites:
             if frozen or site.weight.requires_grad:
-                groups[site.matrix_shape, site.weight.dtype].append(site)
-        for (_, dtype), sites in groups.items():
+                alone = site.weight.device.type == "cpu" and math.prod(site.matrix_shape) >= _LARGE
+                groups[site.matrix_shape, site.weight.dtype, site.name if alone else ""].append(site)
+        for (_, dtype, _), sites in groups.items():
             weights = whole_each([site.weight for site in sites])  # sharded ones: this group's alone, one at a time
             stacks = [site.matrices(weight) for site, weight in zip(sites, weights, strict=True)]
             w_LOI = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
