@@ -7,6 +7,7 @@ the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,7 +274,8 @@ class Trainer:
         }
         scaler = self.accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else {}
-        return groups, {"optimizer": entries, "scaler": scaler_state, "recipe": self.recipe}
+        known = {"recipe": self.recipe, "images": self.images.fingerprint}
+        return groups, {"optimizer": entries, "scaler": scaler_state, **known}
 
     def _resume(self) -> int:
         path = self.store.latest()
@@ -285,6 +287,8 @@ class Trainer:
         groups, state = self.store.load(path)
         if difference := first_difference(state["recipe"], self.recipe):
             raise InputError(f"{path}: made by another recipe: {difference}; use another run folder, or this recipe")
+        if state.get("images", self.images.fingerprint) != self.images.fingerprint:
+            warnings.warn(f"{self.images.name}: other images than those that {path} was trained on", stacklevel=2)
         sharding.load_whole(self.trained, groups["method"])
         tensors = sharding.shard_optimizer_tensors(self.optimizer, groups["optimizer"])
         load_optimizer(self.optimizer, tensors, state["optimizer"])

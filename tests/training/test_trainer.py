@@ -134,3 +134,14 @@ def test_first_difference_names_the_key():
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c was 2, is 3"
     assert first_difference({"a": 1}, json.loads('{"a": 1}')) is None
     assert flatten({"a": {"b": 1, "c": [1]}}) == {"a.b": 1, "a.c": "[1]"}
+
+
+def test_resuming_with_other_images_is_said(tmp_path: Path):
+    make(tmp_path, tree(max_steps=1)).train()
+    again = make(tmp_path, tree(max_steps=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again.train(resume=True)
+    again.images.fingerprint = "another"
+    with pytest.warns(UserWarning, match="shapes: other images than those that .*step-1 was trained on"):
+        again.train(resume=True)
