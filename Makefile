@@ -9,12 +9,12 @@ RUN ?= runs/quickstart
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on built-in images (about 4 minutes on 2 cores)
+quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on built-in images (about 2 minutes on 2 cores, and the install)
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
 test: check     ## lint, types and all tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test    ## lint and types
 	$(BIN)/ruff check .
