@@ -155,19 +155,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dataset", help="labelled images of 32 pixels (default: $HF_SSL_OR_DATA/cifar10, or shapes)")
     parser.add_argument("--quick", action="store_true", help='a tenth of the images, once, without "protocol"')
+    parser.add_argument("--repeats", type=int, default=3, help="of a single fit and of the votes")
+    parser.add_argument("--no-protocol", action="store_true", help='without "protocol", most of the time')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     cifar = Path(os.environ.get("HF_SSL_OR_DATA", "")) / "cifar10"
     dataset = args.dataset or (str(cifar) if cifar.is_dir() else "shapes")
-    share, repeats = (0.1, 1) if args.quick else (1.0, 3)
+    share, repeats = (0.1, 1) if args.quick else (1.0, args.repeats)
     data = DataArguments(dataset=dataset, fraction=share, shapes_train=50_000, shapes_test=10_000)
     images, test_images = load_images(data, "train"), load_images(data, "test")
     train = patch_features(images, images), images.labels
     test = patch_features(test_images, images), test_images.labels
 
     rows = []
-    for protocol in (False,) if args.quick else (False, True):
+    for protocol in (False,) if args.quick or args.no_protocol else (False, True):
         row = linear(train, test, 1 if protocol else repeats, device, protocol)
         rows.append(row)
         print(
