@@ -13,8 +13,8 @@ quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on bu
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
-test: check     ## lint, types and all tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: check     ## lint, types and all tests (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test    ## lint and types
 	$(BIN)/ruff check .
