@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_ssl_or.distributed import shard_like, whole, world_size
+from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.methods.decoder import Decoder
 from hf_ssl_or.methods.heads import ProjectionHead, PrototypeHead
@@ -75,9 +76,19 @@ def gather_groups(groups: dict[str, dict[str, Tensor]], *, keep: bool) -> dict[s
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state of whole tensors into a module, sharded or not."""
+    """Loads a state of whole tensors into a module, sharded or not.
+
+    Raises:
+        InputError: A tensor is missing, unknown or of another shape.
+    """
     own = module.state_dict()
-    module.load_state_dict({name: shard_like(x, own[name]) if name in own else x for name, x in state.items()})
+    if wrong := sorted(own.keys() ^ state.keys()):
+        problem = "unknown" if wrong[0] in state else "missing"
+    elif wrong := [name for name, tensor in own.items() if tensor.shape != state[name].shape]:
+        problem = "of another shape"
+    if wrong:
+        raise InputError(f"weights: {wrong[0]!r} is {problem}; was the state made by another version of hf_ssl_or?")
+    module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in state.items()})
 
 
 def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

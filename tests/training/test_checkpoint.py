@@ -19,6 +19,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.training import checkpoint
 from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors, snapshot
 from hf_ssl_or.training.optim import OptimizerArguments, build_optimizer
+from hf_ssl_or.training.sharding import load_whole
 
 OPTIMIZERS = [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0}, {"name": "lars", "nesterov": True}]
 
@@ -145,6 +146,22 @@ def test_state_that_does_not_fit_is_refused(damage, message: str) -> None:
     damage(tensors, state)
     with pytest.raises(InputError, match=message):
         load_optimizer(trained({"name": "adamw"}, 0, 0)[1], tensors, state)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "'bias' is missing"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "old": torch.zeros(2)}, "'old' is unknown"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "'weight' is of another shape"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(state: dict[str, Tensor], message: str) -> None:
+    net = nn.Linear(3, 2)
+    before = net.weight.detach().clone()
+    with pytest.raises(InputError, match=message):
+        load_whole(net, state)
+    assert torch.equal(net.weight, before)
 
 
 def test_loaded_state_has_the_layout_of_its_parameter() -> None:
