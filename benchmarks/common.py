@@ -127,11 +127,11 @@ class Table:
         print(line, flush=True)
 
 
-def about(args: argparse.Namespace) -> Row:
-    """Describes the machine, the settings and the versions."""
+def about(args: argparse.Namespace, packages: Sequence[str] = ()) -> Row:
+    """Describes the machine, the settings and the versions, of `packages` too."""
     device = torch.device(args.device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    found = {name: version(name) for name in PACKAGES}
+    found = {name: version(name) for name in (*PACKAGES, *packages)}
     return {
         "machine": {
             "cpu": _cpu(),
@@ -151,9 +151,9 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write(script: str, args: argparse.Namespace, **results: Any) -> None:
-    """Writes benchmarks/results/<machine>/<script>.json."""
+def write(script: str, args: argparse.Namespace, *, packages: Sequence[str] = (), **results: Any) -> None:
+    """Writes benchmarks/results/<machine>/<script>.json; `packages` are further ones whose versions it names."""
     path = RESULTS / args.machine / f"{Path(script).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about(args), **results}, indent=1) + "\n")
+    path.write_text(json.dumps({**about(args, packages), **results}, indent=1) + "\n")
     print(f"written to {path}")

@@ -9,7 +9,8 @@ The peak of what torch allocates in one forward and backward pass of VICReg, bey
     blocks       training.gradient_checkpointing: those inside a block are computed twice
     parts        training.gradient_accumulation_steps = V: V parts, each computed twice. With a ResNet's batch
                  normalisation over the whole batch that is "blocks", so it is measured for a ViT alone
-    views        the same for a ResNet with training.batch_norm: per_view, whose parts are whole views
+    views        the same for a ResNet with training.batch_norm: per_view, whose parts are whole views; stands in the
+                 column "parts"
 
 "gradient" is the largest relative difference of a parameter's gradient from the one of the plain step (of "views": of
 the plain step with batch_norm: per_view), in float64 and with fewer images. Writes
@@ -23,12 +24,10 @@ import os
 os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler else writes lines into the table
 
 import argparse
-import json
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
+from common import Row, Table, parser, prepare, write
 from torch import Tensor
 
 from hf_ssl_or.distributed import use_global_batch_norm
@@ -39,6 +38,14 @@ from hf_ssl_or.structures import MultiViewBatch
 
 MEBI = 2**20
 WAYS = {"resnet50": ("plain", "blocks", "views"), "vit_small": ("plain", "blocks", "parts")}
+COLUMNS = {
+    "encoder": ("encoder", ""),
+    "views": ("views", "d"),
+    "plain_mib": ("plain", ".0f"),
+    "blocks_mib": ("blocks", ".0f"),
+    "parts_mib": ("parts", ".0f"),
+    "gradient_difference": ("gradient", ".0e"),
+}
 
 
 def build(encoder: str, views: int, images: int, size: int, way: str) -> SSLMethod:
@@ -100,49 +107,34 @@ def gradient_difference(encoder: str, views: int, way: str) -> float:
     return max(((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-6 * largest)).item() for n in want)
 
 
-def measure(args: argparse.Namespace, encoder: str, views: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device, encoder: str, views: int) -> Row:
     """Measures every way for one encoder and number of views."""
-    device, row = torch.device(args.device), {"encoder": encoder, "views": views}
+    row: Row = {"encoder": encoder, "views": views}
     for way in WAYS[encoder]:
         method = build(encoder, views, args.images, args.size, way).to(device)
-        row[f"{way}_mib"] = peak_mebibytes(method, draw(views, args.images, args.size, device, torch.float32))
+        key = "parts_mib" if way == "views" else f"{way}_mib"
+        row[key] = peak_mebibytes(method, draw(views, args.images, args.size, device, torch.float32))
         del method
     row["gradient_difference"] = max(gradient_difference(encoder, views, way) for way in WAYS[encoder][1:])
     return row
 
 
-def show(row: dict[str, Any]) -> None:
-    cells = [row["plain_mib"], row["blocks_mib"], row["views_mib" if "views_mib" in row else "parts_mib"]]
-    numbers = "".join(f"{cell:13.0f}" for cell in cells)
-    print(f"{row['encoder']:12}{row['views']:6}{numbers}{row['gradient_difference']:12.0e}", flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", default="cpu", help="name of the folder under benchmarks/results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--views", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--quick", action="store_true", help="8 images of 64 pixels")
-    args = parser.parse_args()
+    arguments = parser(__doc__, seconds=0)
+    arguments.add_argument("--images", type=int, default=8)
+    arguments.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    arguments.add_argument("--views", type=int, nargs="+", default=[2, 4, 8])
+    args = arguments.parse_args()
     if args.quick:
-        args.images, args.size = 8, 64
+        args.size = 64
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
-    torch.set_num_threads(args.threads)
+    device = prepare(args)
     print(f"MiB for {args.images} images of {args.size} pixels")
-    print(f"{'encoder':12}{'views':>6}{'plain':>13}{'blocks':>13}{'parts, views':>13}{'gradient':>12}")
-    rows = []
+    table = Table(COLUMNS)
     for encoder in WAYS:
         for views in args.views:
-            rows.append(measure(args, encoder, views))
-            show(rows[-1])
-    about = {"torch": torch.__version__, "device": args.device, "images": args.images, "size": args.size}
-    path = Path(__file__).parent / "results" / args.machine / "memory.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "quick": args.quick, "rows": rows}, indent=1) + "\n")
-    print(f"written to {path}")
+            table.add(measure(args, device, encoder, views))
+    write(__file__, args, rows=table.rows)
 
 
 if __name__ == "__main__":

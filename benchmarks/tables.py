@@ -1,4 +1,4 @@
-"""Writes the tables of docs/speed.md from the results, so that no figure is typed by hand.
+"""Writes the tables of docs/speed.md and docs/scale.md from the results, so that no figure is typed by hand.
 
     python benchmarks/tables.py [--check]
 
@@ -16,9 +16,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md")]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PEERS = {  # packages that a script compares with, by the name of their versions
+    "step": ("lightly",),
+    "losses": ("lightly",),
+    "recipes": ("stable-pretraining", "lightning"),
+    "views": ("kornia", "torchvision"),
+    "loader": ("torchvision",),
+}
 Columns = dict[str, tuple[str, str]]
 GROWTH: Columns = {"name": ("method", ""), "size": ("size", "d"), "ours_ms": ("ms", ".0f"), "times": ("times", ".2f")}
 TABLES: dict[tuple[str, str], Columns] = {
@@ -45,6 +52,23 @@ TABLES: dict[tuple[str, str], Columns] = {
         "encoder": ("encoder", ""),
         "ours_images_per_s": ("ours, images/s", ".0f"),
         "lightly_images_per_s": ("lightly, images/s", ".0f"),
+        "times_faster": ("times as fast", ".2f"),
+    },
+    ("recipes", "steps"): {
+        "name": ("method", ""),
+        "encoder": ("encoder", ""),
+        "dim": ("projector", "d"),
+        "batch": ("images", "d"),
+        "ours_ms": ("ours, ms", ".0f"),
+        "stable_ms": ("stable-pretraining, ms", ".0f"),
+        "times_faster": ("times as fast", ".2f"),
+    },
+    ("recipes", "epochs"): {
+        "name": ("method", ""),
+        "encoder": ("encoder", ""),
+        "views": ("its views", ""),
+        "ours_images_per_s": ("ours, images/s", ".0f"),
+        "stable_images_per_s": ("stable-pretraining, images/s", ".0f"),
         "times_faster": ("times as fast", ".2f"),
     },
     ("views", "rows"): {
@@ -77,7 +101,14 @@ TABLES: dict[tuple[str, str], Columns] = {
         "times_faster": ("times as fast", ".2f"),
         "times_leaner": ("times as lean", ".2f"),
     },
-    ("anatomy", "rows"): {},
+    ("memory", "rows"): {
+        "encoder": ("encoder", ""),
+        "views": ("views", "d"),
+        "plain_mib": ("plain", ".0f"),
+        "blocks_mib": ("`gradient_checkpointing`", ".0f"),
+        "parts_mib": ("parts", ".0f"),
+        "gradient_difference": ("gradient against plain", ".0e"),
+    },
     **{("growth", key): GROWTH for key in ("views", "dims", "batches", "sides", "processes")},
 }
 
@@ -102,12 +133,29 @@ def anatomy(rows: list[dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def source(results: dict[str, Any]) -> str:
-    """Says in one line what the figures are from."""
+def accuracy(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each arm, mean and standard deviation over its seeds."""
+    thresholds = sorted(key for key in rows[0] if key.startswith("to_") and key.count("_") == 1)
+    forms = {"knn": ".2f", "linear": ".2f", "rankme": ".1f", **dict.fromkeys(thresholds, ".0f")}
+    heads = ["", "epochs", "kNN, %", "linear, %", "RankMe", *(f"to {key[3:]} %, 1,000 views" for key in thresholds)]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        cells = [f"{cell(row[key], form)} ± {cell(row[f'{key}_std'], form)}" for key, form in forms.items()]
+        lines.append([row["name"], str(row["epochs"]), *("" if cell == " ± " else cell for cell in cells)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+SPECIAL = {"anatomy": anatomy, "accuracy": accuracy}
+
+
+def source(script: str, results: dict[str, Any]) -> str:
+    """Says in one line what a script's figures are from."""
     machine, settings, versions = results["machine"], results["settings"], results["versions"]
-    where = machine["gpu"] or f"{machine['cpu']}, {settings['threads']} threads of {machine['cores']} cores"
+    threads = f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"
+    where = machine["gpu"] or f"{machine['cpu']}, {threads} of {machine['cores']} cores"
     quick = ", a quick run with small sizes" if settings["quick"] else ""
-    return f"({where}; torch {versions['torch']}, lightly {versions['lightly']}; {results['date']}{quick})"
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", *PEERS.get(script, ())))
+    return f"({where}; {packages}; {results['date']}{quick})"
 
 
 def block(match: re.Match[str]) -> str:
@@ -116,21 +164,22 @@ def block(match: re.Match[str]) -> str:
     if not path.exists():
         return f"{start}Not measured.\n{end}"
     results = json.loads(path.read_text())
-    rows, columns = results[key], TABLES[script, key]
-    lines = anatomy(rows) if script == "anatomy" else table(rows, columns)
-    return "\n".join([start + "", *lines, "", source(results), "", end])
+    rows = results[key]
+    lines = SPECIAL[script](rows) if script in SPECIAL else table(rows, TABLES[script, key])
+    return "\n".join([start + "", *lines, "", source(script, results), "", end])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = PAGE.read_text()
-    new = BLOCK.sub(block, old)
-    if args.check:
-        sys.exit(0 if new == old else f"{PAGE} is not what the results say: run python benchmarks/tables.py")
-    PAGE.write_text(new)
-    print(f"written to {PAGE}")
+    for page in PAGES:
+        old = page.read_text()
+        new = BLOCK.sub(block, old)
+        if args.check and new != old:
+            sys.exit(f"{page} is not what the results say: run python benchmarks/tables.py")
+        page.write_text(new)
+        print(f"{page} is what the results say")
 
 
 if __name__ == "__main__":
