@@ -1,11 +1,12 @@
 """World-size invariance: gloo processes with different shards against one process with the whole batch, in float64.
 
-One spawn of four processes runs every check with 2 and with 4 of them and writes its errors; the tests read those.
+One start of four processes runs every check with 2 and with 4 of them and writes its errors; the tests read those.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_all
 from small_methods import small_settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,8 +150,8 @@ def worst_error(result: dict[str, Tensor], expected: dict[str, Tensor]) -> float
     return max((result[key] - expected[key]).detach().abs().max().item() for key in expected) / scale
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def work(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     expected = {name: check() for name, check in CHECKS.items()}
     for world in WORLDS:
         if rank >= world:
@@ -157,13 +159,13 @@ def work(rank: int, folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
         errors = {name: worst_error(check(), expected[name]) for name, check in CHECKS.items()}
         dist.destroy_process_group()
-        Path(folder, f"{world}-{rank}.json").write_text(json.dumps(errors))
+        (folder / f"{world}-{rank}.json").write_text(json.dumps(errors))
 
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[dict[str, float]]]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=max(WORLDS))
+    run_all(work, folder, log=folder / "log", count=max(WORLDS))
     yield {w: [json.loads((folder / f"{w}-{rank}.json").read_text()) for rank in range(w)] for w in WORLDS}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import REPOSITORY
 from safetensors.torch import load_file
 
 from tests.data.range_server import RangeServer
 from tests.data.stream_shards import SIDE, write_tables, write_tars
 from tests.hub.hub_server import HubServer
-from tests.training.test_resume import command, environment, interrupt, run
+from tests.training.test_resume import interrupt, run
 
 STEPS = 24
 
@@ -41,12 +43,12 @@ def test_a_streamed_run_that_is_stopped_and_resumed_ends_the_same(
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    finished = run(command(path, tmp_path / "whole"))
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    stopped = interrupt(command(path, tmp_path / "run"), tmp_path / "run", 7, signal.SIGTERM)
-    assert stopped.returncode == 75, stopped.stderr[-3000:]
-    resumed = run(command(path, tmp_path / "run", "--resume"))
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    finished = run(path, "--output", tmp_path / "whole", log=tmp_path / "log")
+    assert finished.statuses == [0], finished.errors[-3000:]
+    stopped = interrupt(path, tmp_path / "run", 7, signal.SIGTERM)
+    assert stopped.statuses == [75], stopped.errors[-3000:]
+    resumed = run(path, "--output", tmp_path / "run", "--resume", log=tmp_path / "log")
+    assert resumed.statuses == [0], resumed.errors[-3000:]
     want, got = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "run"))
     assert all(want[key].equal(got[key]) for key in want)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -76,8 +78,9 @@ def test_a_set_on_the_hub_is_streamed(tmp_path: Path):
             "NO_PROXY": "127.0.0.1",
         }
         lines = "\n".join(line.strip() for line in code.strip().splitlines())
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **settings}
         done = subprocess.run(
-            [sys.executable, "-c", lines], env=environment() | settings, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout == "read 77\n"

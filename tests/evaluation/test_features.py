@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_all
 from torch import Tensor, nn
 
 from hf_ssl_or.data.images import ImageSet
@@ -136,19 +137,19 @@ def test_bad_input_is_refused() -> None:
         extract_features(Broken(), image_set(), **NORMAL)
 
 
-def _work(rank: int, store: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _work(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     features = extract_features(Encoder(), image_set(), **NORMAL, batch_size=5, num_views=2, views=VIEWS)
     accumulator = CovarianceAccumulator(6)
     accumulator.update((features + 1000).split((7, 16))[rank])
     merged = accumulator.over_ranks()
-    torch.save((features, merged.count, merged.mean_D, merged.scatter_DD), f"{folder}/{rank}.pt")
+    torch.save((features, merged.count, merged.mean_D, merged.scatter_DD), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_processes_share_the_work_and_agree(tmp_path) -> None:
-    mp.spawn(_work, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_all(_work, tmp_path, log=tmp_path / "log", count=2)
     expected = extract_features(Encoder(), image_set(), **NORMAL, num_views=2, views=VIEWS)
     whole = CovarianceAccumulator.of(expected + 1000)
     for rank in range(2):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from PIL import Image
+from processes import run_all
 from test_features import image_set
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -101,15 +100,12 @@ def test_the_accelerator_of_a_run_goes_on_working() -> None:
     accelerator.end_training()
 
 
-def tune(rank: int, folder: str, processes: int, port: int = 0) -> None:
+def tune(folder: Path, processes: int) -> None:
     """What torchrun starts: Trainer makes the process group from the environment."""
-    torch.set_num_threads(1)
-    if processes > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    where = f"{folder}/{processes}" if rank == 0 else None
+    rank = int(os.environ.get("RANK", "0"))
+    where = str(folder / str(processes)) if rank == 0 else None
     metrics = fine_tune(slim_encoder(), image_set(26), image_set(11), quick(batch_size=8), save_to=where)
-    Path(f"{folder}/{processes}-{rank}.json").write_text(json.dumps(metrics))
+    (folder / f"{processes}-{rank}.json").write_text(json.dumps(metrics))
     if processes > 1:
         with pytest.raises(InputError, match="batch_size: 7 images cannot be shared out to 2 processes"):
             fine_tune(slim_encoder(), image_set(26), image_set(11), quick(batch_size=7))
@@ -118,10 +114,8 @@ def tune(rank: int, folder: str, processes: int, port: int = 0) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path) -> None:
-    mp.spawn(tune, (str(tmp_path), 1), nprocs=1)  # a fresh process, as the others are
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    mp.spawn(tune, (str(tmp_path), 2, port), nprocs=2)
+    for processes in (1, 2):
+        run_all(tune, tmp_path, processes, log=tmp_path / "log", count=processes)
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert first == second and first == pytest.approx(alone, rel=1e-5)
     states = [AutoModelForImageClassification.from_pretrained(tmp_path / str(n)).state_dict() for n in (1, 2)]

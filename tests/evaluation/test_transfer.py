@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Processes, command_line
 from test_labelled import image_folder, table
 
 from hf_ssl_or.cli import main
@@ -78,15 +76,12 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch, caps
             Image.fromarray(np.full((12, 12, 3), 90, np.uint8)).save(tmp_path / f"second/{split}/{name}/0.png")
     os.symlink(tmp_path / "gate", tmp_path / "second" / "train" / "a" / "1.png")
     encoder = write_encoder(tmp_path / "net")
-    command = [sys.executable, "-m", "hf_ssl_or", "evaluate", encoder, "--datasets", f"{first},{second}"]
-    command += ["--protocols", "few-shot", "--output", str(output)]
-    environment = os.environ | {"HF_SSL_OR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list(cache.glob("evaluation/cells/*.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not output.exists()
+    line = ["evaluate", encoder, "--datasets", f"{first},{second}", "--protocols", "few-shot", "--output", str(output)]
+    environment = {"HF_SSL_OR_CACHE": str(cache)}
+    started = Processes(command_line, line, log=tmp_path / "log", environment=environment)
+    assert started.wait_for(lambda: bool(list(cache.glob("evaluation/cells/*.json")))), started.wait().errors
+    started.kill()
+    assert started.wait().statuses == [-signal.SIGKILL] and not output.exists()
 
     (cell,) = cache.glob("evaluation/cells/*.json")
     content = json.loads(cell.read_text())
@@ -94,7 +89,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, monkeypatch, caps
     cell.write_text(json.dumps(content))
     os.unlink(tmp_path / "second" / "train" / "a" / "1.png")
     monkeypatch.setenv("HF_SSL_OR_CACHE", str(cache))
-    assert main(command[3:]) == 0
+    assert main(line) == 0
     told = capsys.readouterr().err
     assert "net on first, few-shot: 12.34" in told and told.count("(known)") == 1 and "net on second" in told
     entries = json.loads(output.read_text())["evaluations"]

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from effects import count_file_operations, die_at_file_operation
-from runs import Ended, Started, differences, run
+from processes import Ended
+
+from runs import Started, differences, run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from effects import fill_disk_at, limit_file_size, signal_at_operation
 from kills import Reference
-from runs import Ended, differences, run
+from processes import Ended
+
+from runs import differences, run
 
 
 def assert_one_line(ended: Ended, *parts: str) -> None:

@@ -15,10 +15,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all tests share
+
 from kills import draw_kills, kill_and_resume, uninterrupted
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
 from runs import write_recipe
 
 

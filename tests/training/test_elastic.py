@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_all
 from safetensors.torch import load_file
 from world_worker import DTYPES, RESNET, without_kinks
 
@@ -90,13 +91,6 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def torchrun(processes: int, folder: Path, stop_after: int) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launch, __file__, str(folder), str(stop_after)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def assert_same_end(folder: Path, whole: Path, tolerance: float) -> None:
     for group in ("method", "optimizer", "orthogonality"):
         file = f"checkpoints/step-{STEPS}/{group}.safetensors"
@@ -130,8 +124,8 @@ def moved(whole: Path) -> Path:
     """One process until step 6, two until 16, four until 24, and one to the end."""
     folder = whole.parent / "moved"
     train_both(folder, 6)
-    torchrun(2, folder, 12)  # processes agree every eighth step
-    torchrun(4, folder, 20)
+    for processes, stop_after in ((2, 12), (4, 20)):  # processes agree every eighth step
+        run_all(train_both, folder, stop_after, log=whole.parent / f"{processes}.log", count=processes)
     train_both(folder, 0)
     return folder
 

@@ -8,17 +8,21 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import REPOSITORY, Ended, Processes, command_line
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RECIPE = {
     "data": {"dataset": "shapes", "image_size": 32, "shapes_train": 80, "shapes_test": 20},
-    "encoder": {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16]},
+    "encoder": {
+        "name": "resnet18",
+        "stem": "small",
+        "channels": [8, 8, 16, 16],
+        "model_args": {"layers": [1, 1, 1, 1]},
+    },
     "method": {"name": "byol"},  # a teacher, a predictor and their statistics are part of the state
     "views": {"count": 2},
     "orthogonality": {"penalty": "srip", "weight": 1e-3},  # its vectors too
@@ -37,32 +41,29 @@ RECIPE = {
 STEPS = 30
 
 
-def command(recipe: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "hf_ssl_or", "train", str(recipe), "--output", str(output), *more]
+def cold(*arguments: object) -> None:
+    """Runs a command line as people do, with an interpreter that has imported nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", *(str(argument) for argument in arguments)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def start(*arguments: object, log: Path) -> Processes:
+    return Processes(command_line, ["train", *(str(argument) for argument in arguments)], log=log)
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+def run(*arguments: object, log: Path) -> Ended:
+    return start(*arguments, log=log).wait(240)
 
 
-def interrupt(arguments: list[str], folder: Path, step: int, number: signal.Signals) -> subprocess.CompletedProcess:
-    """Sends a signal once the metrics show that `step` is done."""
-    with subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        metrics = folder / "metrics.jsonl"
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_text().count('"kind": "train"') > step:
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        output, errors = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+def interrupt(recipe: Path, folder: Path, step: int, number: signal.Signals) -> Ended:
+    """Starts a run and sends it a signal once the metrics show that `step` is done."""
+    metrics = folder / "metrics.jsonl"
+    started = start(recipe, "--output", folder, log=folder.with_name("interrupted.log"))
+    started.wait_for(lambda: metrics.exists() and metrics.read_text().count('"kind": "train"') > step, timeout=200)
+    started.kill(number)
+    return started.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["HF_SSL_OR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    finished = run(command(recipe, folder))
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    cold("hf_ssl_or", "train", recipe, "--output", folder)
     return folder
 
 
@@ -95,10 +95,10 @@ GROUPS = ("method", "optimizer", "orthogonality")
 def test_killed_at_a_random_step_and_resumed(recipe: Path, whole_run: Path, tmp_path: Path):
     step = random.SystemRandom().randrange(1, STEPS - 2)
     folder = tmp_path / "run"
-    killed = interrupt(command(recipe, folder), folder, step, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL, f"was to be killed after step {step}:\n{killed.stderr[-2000:]}"
-    resumed = run([sys.executable, "-m", "hf_ssl_or", "train", str(folder), "--resume"])
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    killed = interrupt(recipe, folder, step, signal.SIGKILL)
+    assert killed.statuses == [-signal.SIGKILL], f"was to be killed after step {step}:\n{killed.errors[-2000:]}"
+    resumed = run(folder, "--resume", log=tmp_path / "log")
+    assert resumed.statuses == [0], resumed.errors[-3000:]
     assert_same_end(folder, whole_run)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(STEPS))
@@ -106,21 +106,20 @@ def test_killed_at_a_random_step_and_resumed(recipe: Path, whole_run: Path, tmp_
 
 def test_sigterm_saves_and_exits_with_its_own_status(recipe: Path, whole_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
-    stopped = interrupt(command(recipe, folder), folder, 4, signal.SIGTERM)
-    assert stopped.returncode == 75, stopped.stderr[-3000:]
-    assert "SIGTERM" in stopped.stderr and "--resume" in stopped.stderr
+    stopped = interrupt(recipe, folder, 4, signal.SIGTERM)
+    assert stopped.statuses == [75], stopped.errors[-3000:]
+    assert "SIGTERM" in stopped.errors and "--resume" in stopped.errors
     done = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert done == max(line["step"] for line in logged) + 1, "the step was finished and saved"
-    assert run(command(recipe, folder, "--resume")).returncode == 0
+    assert run(recipe, "--output", folder, "--resume", log=tmp_path / "log").statuses == [0]
     assert_same_end(folder, whole_run)
 
 
 def test_two_processes_train_judge_and_save_as_one_does(recipe: Path, whole_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_ssl_or", "train"]
-    finished = run([sys.executable, *launch, str(recipe), "--output", str(folder)])
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    cold(*launch, "hf_ssl_or", "train", recipe, "--output", folder)
     want, got = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (whole_run, folder))
     assert [line["loss"] for line in got if "loss" in line][:3] == pytest.approx(
         [line["loss"] for line in want if "loss" in line][:3], rel=1e-5
@@ -129,13 +128,13 @@ def test_two_processes_train_judge_and_save_as_one_does(recipe: Path, whole_run:
     assert (folder / "encoder" / "model.safetensors").exists()
 
 
-def test_a_finished_run_resumes_to_itself_and_refuses_another_recipe(recipe: Path, whole_run: Path):
+def test_a_finished_run_resumes_to_itself_and_refuses_another_recipe(recipe: Path, whole_run: Path, tmp_path: Path):
     before = (whole_run / "encoder" / "model.safetensors").read_bytes()
-    assert run(command(recipe, whole_run, "--resume")).returncode == 0
+    assert run(recipe, "--output", whole_run, "--resume", log=tmp_path / "log").statuses == [0]
     assert (whole_run / "encoder" / "model.safetensors").read_bytes() == before
-    other = run(command(recipe, whole_run, "training.seed=7", "--resume"))
-    assert other.returncode == 2
-    assert "training.seed was 0, is 7" in other.stderr and other.stderr.count("\n") == 1
-    again = run(command(recipe, whole_run))
-    assert again.returncode == 2
-    assert "is not empty" in again.stderr and again.stderr.count("\n") == 1
+    other = run(recipe, "--output", whole_run, "training.seed=7", "--resume", log=tmp_path / "other")
+    assert other.statuses == [2]
+    assert "training.seed was 0, is 7" in other.errors and other.errors.count("\n") == 1
+    again = run(recipe, "--output", whole_run, log=tmp_path / "again")
+    assert again.statuses == [2]
+    assert "is not empty" in again.errors and again.errors.count("\n") == 1

@@ -1,21 +1,19 @@
 """Sharded training: weights, gradients and optimizer state in parts, and the result of one process that has them all.
 
-Run as a script, this file is the worker: it trains every case for five steps and saves what came out, and makes runs
-that save checkpoints and continue from those of others.
+Every case is trained for five steps and saves what came out; runs save checkpoints and continue from those of others.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_all
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from world_worker import RESNET, STEPS, VIT, recipe_of, without_kinks
@@ -30,7 +28,6 @@ from hf_ssl_or.training.optim import clip_gradients
 from hf_ssl_or.training.sharding import gather_groups
 from hf_ssl_or.training.trainer import Trainer
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 SGD = {"name": "sgd", "lr": 0.001}
@@ -112,6 +109,11 @@ def train_all(folder: Path, sharding: str) -> None:
             save_file(result, folder / f"{case}-{name}.safetensors")
 
 
+def train_sharded(folder: Path, start: Path) -> None:
+    run("full", folder / "resumed", start=start)
+    train_all(folder, "full")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """As the worker has: the order of sums is the same."""
@@ -128,14 +130,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one, two = root / "1", root / "2"
     os.environ["HF_SSL_OR_CACHE"] = str(root / "cache")
     train_all(one, "none")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(two), str(one)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_all(train_sharded, two, one / "whole", log=root / "log", count=2)
     run("none", one / "resumed", start=two / "whole")
     return root
 
@@ -190,9 +185,3 @@ def test_clipping_is_that_of_torch(max_norm: float):
     norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     torch.testing.assert_close(clip_gradients(ours, max_norm), norm)
     torch.testing.assert_close(ours[0].grad, theirs[0].grad)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run("full", Path(sys.argv[1]) / "resumed", start=Path(sys.argv[2]) / "whole")
-    train_all(Path(sys.argv[1]), "full")

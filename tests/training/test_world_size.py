@@ -1,50 +1,33 @@
-"""The same recipe gives the same losses, weights and statistics on any number of processes and under accumulation."""
+"""The same recipe gives the same losses, weights and statistics on any number of processes and under accumulation.
+
+A test run takes three steps, in which a queue of two batches is filled and begun anew; the table that this file prints
+as a script is that of five.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from processes import run_all
 from safetensors.torch import load_file
-from world_worker import CASES
+from world_worker import CASES, STEPS, main
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-WORKER = Path(__file__).with_name("world_worker.py")
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-
-
 SETTINGS = {"one": (1, 1), "two accumulated": (2, 2), "four": (4, 1)}  # processes, accumulation steps
 # What a test run compares; four processes take minutes for each type, and the stricter one shows more.
 COMPARED = [("two accumulated", "float32"), ("two accumulated", "float64"), ("four", "float64")]
 
 
-def start(folder: Path, processes: int, accumulation: int, dtypes: list[str]) -> subprocess.Popen:
-    folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launch, str(WORKER), str(folder), str(accumulation), *dtypes],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-            "OMP_NUM_THREADS": "1",
-            "HF_SSL_OR_CACHE": str(folder.parent / "cache"),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def train_all(root: Path, pairs: list[tuple[str, str]]) -> None:
-    """Five steps of every method: one process on the whole batch, two and four on shards, with accumulation or not."""
-    for name, setting in SETTINGS.items():
-        process = start(root / name, *setting, [dtype for other, dtype in pairs if other == name])
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, f"{name}:\n{output[-4000:]}"
+def train_all(root: Path, pairs: list[tuple[str, str]], steps: int) -> None:
+    """Some steps of every method: one process on the whole batch, two and four on shards, with accumulation or not."""
+    cache = {"HF_SSL_OR_CACHE": str(root / "cache")}
+    for name, (processes, accumulation) in SETTINGS.items():
+        (root / name).mkdir()
+        dtypes = [dtype for other, dtype in pairs if other == name]
+        log = root / f"{name}.log"
+        run_all(main, root / name, accumulation, steps, *dtypes, log=log, count=processes, environment=cache)
 
 
 def differences(root: Path, setting: str, case: str) -> dict[str, float]:
@@ -64,7 +47,7 @@ def differences(root: Path, setting: str, case: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    train_all(root, COMPARED)
+    train_all(root, COMPARED, steps=3)
     return root
 
 
@@ -91,5 +74,5 @@ def print_table(root: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        train_all(Path(folder), [])
+        train_all(Path(folder), [], STEPS)
         print_table(Path(folder))

@@ -1,8 +1,7 @@
-"""Trains every method for five steps on this process's shard and saves losses and states; run by test_world_size."""
+"""Trains every method for some steps on this process's shard and saves losses and states; run by test_world_size."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ RESNET = {"name": "resnet18", "stem": "small", "channels": [8, 8, 16, 16], "mode
 VIT = {"name": "vit_tiny", "patch_size": 4, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}}
 
 
-def recipe_of(name: str, accumulation: int, batch_norm: str, learning_rate: float) -> dict:
+def recipe_of(name: str, accumulation: int, batch_norm: str, learning_rate: float, steps: int = STEPS) -> dict:
     method = get_method(name)
     views = {"count": 3}
     if method.takes_local_views:
@@ -38,7 +37,7 @@ def recipe_of(name: str, accumulation: int, batch_norm: str, learning_rate: floa
         "orthogonality": {"penalty": "so", "weight": 1e-3},
         "training": {
             "batch_size": 16,
-            "max_steps": STEPS,
+            "max_steps": steps,
             "gradient_accumulation_steps": accumulation,
             "batch_norm": batch_norm,
             "max_grad_norm": 5.0,
@@ -56,8 +55,8 @@ def without_kinks(method: nn.Module) -> None:
                 setattr(module, name, nn.GELU())
 
 
-def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: torch.dtype):
-    recipe = recipe_from_dict(recipe_of(name, accumulation, batch_norm, LEARNING_RATE[dtype]))
+def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: torch.dtype, steps: int = STEPS):
+    recipe = recipe_from_dict(recipe_of(name, accumulation, batch_norm, LEARNING_RATE[dtype], steps))
     images = load_images(recipe.data, "train")
     torch.set_default_dtype(dtype)  # weights of the method are made in it
     try:
@@ -66,7 +65,7 @@ def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: to
         torch.set_default_dtype(torch.float32)
     without_kinks(trainer.method)
     losses = []
-    for batch in trainer.loader.batches(0, STEPS):
+    for batch in trainer.loader.batches(0, steps):
         batch.views_VBCHW = batch.views_VBCHW.to(dtype)
         if batch.local_views_VBCHW is not None:
             batch.local_views_VBCHW = batch.local_views_VBCHW.to(dtype)
@@ -75,14 +74,10 @@ def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: to
     return {"losses": torch.stack(losses), **state}, trainer.accelerator.is_main_process
 
 
-def main(folder: str, accumulation: str, *dtypes: str) -> None:
+def main(folder: Path, accumulation: int, steps: int, *dtypes: str) -> None:
     torch.set_num_threads(1)
     for dtype in dtypes or DTYPES:
         for name, batch_norm in CASES:
-            result, is_main = train(name, int(accumulation), batch_norm, Path(folder) / "run", DTYPES[dtype])
+            result, is_main = train(name, accumulation, batch_norm, folder / "run", DTYPES[dtype], steps)
             if is_main:
-                save_file(result, Path(folder) / f"{name}-{batch_norm}-{dtype}.safetensors")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+                save_file(result, folder / f"{name}-{batch_norm}-{dtype}.safetensors")

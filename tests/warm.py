@@ -1,4 +1,4 @@
-"""What the fork server imports before it forks runs; nothing here computes, so that a fork is safe."""
+"""What the fork server of `processes` imports before it forks; nothing here computes, so that a fork is safe."""
 
 from __future__ import annotations
 
