@@ -278,6 +278,17 @@ class CheckpointStore:
                 raise DamagedCheckpointError(f"{path}/{name}: is no safetensors file ({error})") from error
         return groups, {**content["state"], "step": content["step"]}
 
+    def clean(self) -> None:
+        """Removes what a killed save left behind, and puts back a checkpoint that was about to be replaced.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        try:
+            self._clean()
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({_reason(error)})") from error
+
     def steps(self) -> list[int]:
         """Lists the steps that have a checkpoint, oldest first."""
         return sorted(self._folders())
@@ -345,7 +356,6 @@ class CheckpointStore:
         return {int(match[1]): path for match, path in found if match}
 
     def _clean(self) -> None:
-        """Removes what a killed save left behind, and puts back a checkpoint that was about to be replaced."""
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             _sync_folder(self.folder.parent)

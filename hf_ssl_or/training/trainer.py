@@ -156,6 +156,8 @@ class Trainer:
             self._put_encoder_away()
             with self.saver:
                 self._run(start, stop_request)
+            if self.accelerator.is_main_process:
+                self.store.clean()  # a run that was killed in its very last save has none that would
             self._update_encoder()
 
     def _run(self, start: int, stop_request: StopRequest) -> None:

@@ -130,8 +130,11 @@ def test_two_processes_train_judge_and_save_as_one_does(recipe: Path, whole_run:
 
 def test_a_finished_run_resumes_to_itself_and_refuses_another_recipe(recipe: Path, whole_run: Path, tmp_path: Path):
     before = (whole_run / "encoder" / "model.safetensors").read_bytes()
+    checkpoints = sorted((whole_run / "checkpoints").iterdir())
+    (whole_run / "checkpoints" / ".tmp-gone-20").mkdir()  # a kill while an old checkpoint was being removed
     assert run(recipe, "--output", whole_run, "--resume", log=tmp_path / "log").statuses == [0]
     assert (whole_run / "encoder" / "model.safetensors").read_bytes() == before
+    assert sorted((whole_run / "checkpoints").iterdir()) == checkpoints
     other = run(recipe, "--output", whole_run, "training.seed=7", "--resume", log=tmp_path / "other")
     assert other.statuses == [2]
     assert "training.seed was 0, is 7" in other.errors and other.errors.count("\n") == 1
