@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -74,12 +73,12 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         InputError: Something from outside is wrong; the message names it.
     """
     run_dir = Path(run_dir)
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
+    accelerator = build_accelerator(recipe.training, run_dir)
+    is_main = accelerator.is_main_process
+    if is_main:  # after the processes have met: one that ends before that is waited for
         _claim(run_dir, resume)
         if recipe.training.push_to is not None:
             check_destination(recipe.training.push_to)
-    accelerator = build_accelerator(recipe.training, run_dir)
     with accelerator.local_main_process_first():  # which decodes the images for the others
         images = load_images(recipe.data, recipe.data.train_split)
         labelled = _labelled_images(recipe, images)

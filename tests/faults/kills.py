@@ -107,10 +107,12 @@ def _start_and_kill(kill: Kill, reference: Reference, folder: Path) -> Ended:
         processes=reference.processes,
         faults=faults,
     )
+    met = True
     if kill.share is not None:
         time.sleep(kill.share * reference.seconds)
         started.kill(rank=kill.rank)
-    return started.wait()
+        met = folder.exists()
+    return started.wait(fail_together=not met)  # a launcher ends processes that wait for a lost one to join
 
 
 def _ended_well(ended: Ended) -> bool:

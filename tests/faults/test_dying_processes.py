@@ -35,6 +35,13 @@ def test_the_other_process_ends_with_one_line(rank: int, whole_of_two: Reference
     assert differences(folder, whole_of_two.folder) == []
 
 
+def test_a_run_that_is_refused_ends_everywhere(whole_of_two: Reference, tmp_path: Path) -> None:
+    line = ["train", whole_of_two.recipe, "--output", whole_of_two.folder]
+    ended = run(line, tmp_path / "log", processes=2, timeout=SOON_S)
+    assert ended.statuses == [2, 75], ended.errors[-2000:]
+    assert "is not empty" in ended.errors and "Traceback" not in ended.errors and len(ended.lines) == 2
+
+
 def test_under_torchrun(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_ssl_or", "train"]

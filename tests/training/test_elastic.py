@@ -188,11 +188,12 @@ def test_two_machines_train_as_one_process_does(whole: Path, machines: list[str]
         assert_same_end(tmp_path / dtype, whole / dtype, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("status", [0, 1, 75])
-def test_the_batch_script_queues_a_stopped_job_again_and_no_other(tmp_path: Path, status: int):
+@pytest.mark.parametrize(("python", "job"), [(0, 0), (2, 102), (75, 0), (137, 137)])
+def test_the_batch_script_queues_a_stopped_job_again_and_no_other(tmp_path: Path, python: int, job: int):
     stubs = {
-        "srun": f'shift; SLURM_PROCID=3 SLURM_LOCALID=1 "$@" || exit 9; exit {status}',
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $*" > called',
+        "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
+        "python": f"""echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $*" > called
+            kill -TERM $PPID; exit {python}""",  # the shell that waits gets SLURM's signal too
         "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" > queued; fi',
     }
     for name, body in stubs.items():
@@ -205,8 +206,8 @@ def test_the_batch_script_queues_a_stopped_job_again_and_no_other(tmp_path: Path
     assert (tmp_path / "called").read_text() == (
         "3 1 4 2 first -m hf_ssl_or train a recipe.yaml --output out --resume\n"
     )
-    assert (tmp_path / "queued").exists() == (status == 75)
-    assert done.returncode == (0 if status == 75 else status)
+    assert (tmp_path / "queued").exists() == (python == 75)
+    assert done.returncode == job
 
 
 if __name__ == "__main__":
