@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from kills import Reference, uninterrupted
-from runs import write_recipe
+from tiny_runs import write_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from effects import count_file_operations, die_at_file_operation
 from processes import Ended
-
-from runs import Started, differences, run
+from tiny_runs import Started, differences, run
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from effects import nan_in_batch, nan_in_gradient
 from kills import Reference
 from PIL import Image
-from runs import differences, run, write_recipe
 from safetensors.numpy import load_file
+from tiny_runs import differences, run, write_recipe
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 from effects import fill_disk_at, limit_file_size, signal_at_operation
 from kills import Reference
 from processes import Ended
-
-from runs import differences, run
+from tiny_runs import differences, run
 
 
 def assert_one_line(ended: Ended, *parts: str) -> None:

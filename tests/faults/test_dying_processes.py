@@ -15,8 +15,7 @@ from effects import die_at_step, kill_a_worker_at, streamed_images
 from kills import Reference
 from PIL import Image
 from processes import REPOSITORY
-
-from runs import differences, run, write_recipe
+from tiny_runs import differences, run, write_recipe
 
 SOON_S = 60  # a loaded machine included; the collective library's own timeout is half an hour
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from effects import jumping_clock, signal_at_operation, slow_disk
 from kills import Reference
-from runs import STEPS, Started, differences, run
+from tiny_runs import STEPS, Started, differences, run
 
 
 def saved_steps(folder: Path) -> list[int]:

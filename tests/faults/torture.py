@@ -21,8 +21,7 @@ from kills import draw_kills, kill_and_resume, uninterrupted
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from runs import write_recipe
+from tiny_runs import write_recipe
 
 
 def torture(folder: Path, processes: int, kills: int, seed: int, minutes: float, console: Console) -> Counter[str]:
