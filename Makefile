@@ -13,7 +13,7 @@ quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on bu
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
-test: check     ## lint, types and all tests (about 10 minutes on 2 cores)
+test: check     ## lint, types and all tests (about 7 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test    ## lint and types
@@ -25,9 +25,9 @@ format: $(VENV)/.test   ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench   ## the CPU benchmarks, then the tables of docs/speed.md (about 15 minutes on 2 cores)
+bench: $(VENV)/.bench   ## the CPU benchmarks, then the tables of docs/speed.md (less than 15 minutes on 2 cores)
 	for script in penalty step growth views loader checkpoint anatomy; do $(BIN)/python benchmarks/$$script.py || exit 1; done
-	$(BIN)/python benchmarks/losses.py --quick --machine quick
+	$(BIN)/python benchmarks/losses.py --quick --machine scratch
 	$(BIN)/python benchmarks/tables.py
 
 torture: $(VENV)/.test  ## 50 kills at random instants, each run resumed to the same end

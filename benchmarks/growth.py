@@ -82,7 +82,7 @@ def launched(processes: int, args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    arguments = parser(__doc__, seconds=5)
+    arguments = parser(__doc__, seconds=4)
     arguments.add_argument("--encoder", choices=ENCODERS, default="slim")
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--views", type=int, nargs="+", default=[2, 4, 8])

@@ -139,7 +139,7 @@ def compare_epoch(name: str, encoder: str, args: argparse.Namespace, device: tor
 
 
 def main() -> None:
-    arguments = parser(__doc__, seconds=6)
+    arguments = parser(__doc__, seconds=5)
     arguments.add_argument("--precision", choices=("no", "bf16"), default="no")
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--dim", type=int, default=256, help="width of the projector for the small encoder")
