@@ -24,12 +24,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import SLIM, Row, Table, build_timm, clocked, faster, medians, parser, prepare, take_turns, write
+from common import SLIM, Row, Table, build_timm, clocked, faster, medians, prepare, take_turns, write
 from lightly_loops import Loop
 from ours import build_trainer, noise_images, stepper
 from stable_loops import SAME, Fit, GivenViews, build, view_loader
 from stable_pretraining import Module
-from step import SIDE, SPEC
+from step import SIDE, SPEC, read_arguments, step_cases
 
 STEP_COLUMNS = {
     "name": ("method", ""),
@@ -110,24 +110,11 @@ def compare_epoch(name: str, batched: bool, args: argparse.Namespace) -> Row:
 
 
 def main() -> None:
-    arguments = parser(__doc__, seconds=4)
-    arguments.add_argument("--precision", choices=("no", "bf16"), default="no")
-    arguments.add_argument("--batch", type=int, default=128)
-    arguments.add_argument("--dim", type=int, default=256, help="width of the projector for the small encoder")
-    arguments.add_argument("--wide", type=int, default=8192, help="width of the projector with ResNet-18")
-    arguments.add_argument("--images", type=int, default=1024, help="of an epoch")
-    arguments.add_argument("--workers", type=int, default=2, help="of stable-pretraining's DataLoader")
-    arguments.add_argument("--methods", nargs="+", choices=SAME, default=list(SAME), metavar="NAME")
-    args = arguments.parse_args()
-    if args.quick:
-        args.batch, args.wide, args.images, args.seconds = 16, 512, 64, 0.5
+    args = read_arguments(__doc__, list(SAME), seconds=8)
     prepare(args)
     steps = Table(STEP_COLUMNS)
-    for name in args.methods:
-        steps.add(compare_step(name, "slim", args.dim, args.dim, args))
-    for name in ("barlow_twins", "vicreg"):
-        if name in args.methods:
-            steps.add(compare_step(name, "resnet18", min(2048, args.wide), args.wide, args))
+    for case in step_cases(args):
+        steps.add(compare_step(*case, args))
     print("\nwhole epochs, views included")
     epochs = Table(EPOCH_COLUMNS)
     for name, batched in EPOCHS:

@@ -18,6 +18,7 @@ Ours, ours with SO, and lightly's take turns; times are medians, "faster" is the
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,25 +139,37 @@ def compare_epoch(name: str, encoder: str, args: argparse.Namespace, device: tor
     }
 
 
-def main() -> None:
-    arguments = parser(__doc__, seconds=5)
+def read_arguments(doc: str, methods: Sequence[str], *, seconds: float) -> argparse.Namespace:
+    """Reads the command line of a script that compares steps and epochs with a peer, which has these methods."""
+    arguments = parser(doc, seconds=seconds)
     arguments.add_argument("--precision", choices=("no", "bf16"), default="no")
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--dim", type=int, default=256, help="width of the projector for the small encoder")
     arguments.add_argument("--wide", type=int, default=8192, help="width of the projector with ResNet-18")
     arguments.add_argument("--images", type=int, default=1024, help="of an epoch")
-    arguments.add_argument("--workers", type=int, default=2, help="of lightly's DataLoader")
-    arguments.add_argument("--methods", nargs="+", choices=SAME, default=list(SAME), metavar="NAME")
+    arguments.add_argument("--workers", type=int, default=2, help="of the peer's DataLoader")
+    arguments.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="NAME")
     args = arguments.parse_args()
     if args.quick:
         args.batch, args.wide, args.images, args.seconds = 16, 512, 64, 0.5
+    return args
+
+
+def step_cases(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
+    """Gives (method, encoder, hidden width, projector) of the steps to compare."""
+    wide = [name for name in ("barlow_twins", "vicreg") if name in args.methods]
+    return [
+        *((name, "slim", args.dim, args.dim) for name in args.methods),
+        *((name, "resnet18", min(2048, args.wide), args.wide) for name in wide),
+    ]
+
+
+def main() -> None:
+    args = read_arguments(__doc__, list(SAME), seconds=5)
     device = prepare(args)
     steps = Table(STEP_COLUMNS)
-    for name in args.methods:
-        steps.add(compare_step(name, "slim", args.batch, args.dim, args.dim, args, device))
-    for name in ("barlow_twins", "vicreg"):
-        if name in args.methods:
-            steps.add(compare_step(name, "resnet18", args.batch, min(2048, args.wide), args.wide, args, device))
+    for name, encoder, hidden, dim in step_cases(args):
+        steps.add(compare_step(name, encoder, args.batch, hidden, dim, args, device))
     print("\nwhole epochs, views included")
     epochs = Table(EPOCH_COLUMNS)
     for name in ("barlow_twins", "vicreg", "simclr", "byol"):
