@@ -25,7 +25,7 @@ format: $(VENV)/.test   ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench   ## the CPU benchmarks, then the tables of docs/speed.md (less than 15 minutes on 2 cores)
+bench: $(VENV)/.bench   ## the CPU benchmarks, then the tables of docs/speed.md (about 15 minutes on 2 cores)
 	for script in penalty step growth views loader checkpoint anatomy; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/losses.py --quick --machine scratch
 	$(BIN)/python benchmarks/tables.py
