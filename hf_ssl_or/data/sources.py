@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import datasets
@@ -46,6 +48,37 @@ class ImageSource(ImageReader, Protocol):
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
+
+
+class ListSource:
+    """Images that are in memory already: PIL images, or arrays.
+
+    Args:
+        images: The images.
+        name: What the user calls them.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+
+    def __init__(self, images: Sequence[Any] | np.ndarray, *, name: str = "images") -> None:
+        self.name, self._images = name, images
+        digest = hashlib.blake2b(digest_size=12)
+        for image in images:
+            array = np.asarray(image)
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, i: int) -> Any:
+        """Returns image i."""
+        return self._images[i]
+
+    def describe(self, i: int) -> str:
+        """Says which image i is."""
+        return f"image {i} of {self.name}"
 
 
 def load_source(arguments: DataArguments, split: str) -> ImageSource:
