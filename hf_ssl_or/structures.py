@@ -77,12 +77,8 @@ class ViewSpec:
                 raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size: at least 1 pixel, not {self.size}")
-        for name, top in (
-            ("crop_scale", 1.0),
-            ("crop_ratio", float("inf")),
-            ("blur_sigma", float("inf")),
-            ("noise_std", 1.0),
-        ):
+        tops = {"crop_scale": 1.0, "crop_ratio": float("inf"), "blur_sigma": float("inf"), "noise_std": 1.0}
+        for name, top in tops.items():
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise ValueError(

@@ -6,6 +6,7 @@ exports all come here, so that an image has the same pixels wherever an encoder 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -18,23 +19,17 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-tifffile: Any = None  # what a folder of the Hub may be used without
+tifffile: Any = None
 pydicom: Any = None
-try:
+with contextlib.suppress(ImportError):  # a folder of the Hub may be used where they are not installed
     import tifffile
-except ImportError:
-    pass
-try:
+with contextlib.suppress(ImportError):
     import pydicom
     from pydicom.pixels import apply_rescale, apply_voi_lut, pixel_array
-except ImportError:
-    pass
-try:
+with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
-except ImportError:
-    pass
 
 MAX_CHANNELS = 32
 MAX_ASPECT = 100  # of the longer side to the shorter one

@@ -145,7 +145,7 @@ def build_image_processor(preprocessing: Preprocessing) -> SSLImageProcessor:
         "size": {"shortest_edge": preprocessing.resize_to},
         "crop_size": {"height": side, "width": side},
         "crop_pct": preprocessing.crop_pct,
-        "resample": PILImageResampling[preprocessing.interpolation.upper()],
+        "resample": getattr(PILImageResampling, preprocessing.interpolation.upper()),
         "num_channels": preprocessing.num_channels,
         "value_range": preprocessing.value_range,
         "eight_bit": preprocessing.eight_bit,
