@@ -1,7 +1,7 @@
 """One way from a file to pixels: any file or object becomes an upright array, then the square that an encoder gets.
 
 Views, probes, the monitor, the image processor (also in a folder of the Hub, which carries this file), pipelines and
-exports all come here, so that an image has the same pixels wherever an encoder meets it. PIL resizes everywhere.
+exports all come here, so that an image has the same pixels wherever an encoder meets it. PIL resizes in evaluation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -189,7 +190,6 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
-Box = tuple[float, float, float, float]
 
 
 def resize_and_crop(
@@ -215,43 +215,25 @@ def output_size(size: Sequence[int], shorter: int) -> tuple[int, int]:
     return (shorter, longer) if height <= width else (longer, shorter)
 
 
-def resize(
-    pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: Interpolation = "bilinear", box: Box | None = None
-) -> np.ndarray:
-    """Resizes an image, or a box of it, antialiased.
+def resize(pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> np.ndarray:
+    """Resizes an image, antialiased, by PIL.
 
     Args:
         pixels_HWC: Pixels of one of our four types.
         size: Height and width of the result.
         interpolation: Filter.
-        box: Left, top, right and bottom edge in pixels, fractions allowed; None takes the whole image.
 
     Returns:
         (*size, C), uint8 for uint8 and float32 for other types; pixels that are left as they were keep their type.
     """
-    height, width = pixels_HWC.shape[:2]
-    if size == (height, width) and box in (None, (0, 0, width, height)):
+    if pixels_HWC.shape[:2] == size:
         return pixels_HWC
-    return resize_boxes(pixels_HWC, size, [box], interpolation)[0]
-
-
-def resize_boxes(
-    pixels_HWC: np.ndarray,
-    size: tuple[int, int],
-    boxes: Sequence[Box | None],
-    interpolation: Interpolation = "bilinear",
-) -> list[np.ndarray]:
-    """Resizes several boxes of one image, see `resize`: (*size, C) each."""
-    eight_bit, channels = pixels_HWC.dtype == np.uint8, pixels_HWC.shape[-1]
-    if eight_bit and channels == 3:
-        planes = [Image.fromarray(pixels_HWC)]
-    else:
-        kind = np.uint8 if eight_bit else np.float32
-        parts = (np.ascontiguousarray(pixels_HWC[..., channel], dtype=kind) for channel in range(channels))
-        planes = [Image.fromarray(part) for part in parts]
     shape, resample = (size[1], size[0]), _FILTERS[interpolation]
-    resized = [[np.asarray(plane.resize(shape, resample, box=box)) for plane in planes] for box in boxes]
-    return [parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1) for parts in resized]
+    if pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[-1] == 3:
+        return np.asarray(Image.fromarray(pixels_HWC).resize(shape, resample))
+    kind = np.uint8 if pixels_HWC.dtype == np.uint8 else np.float32
+    planes = (np.ascontiguousarray(plane, dtype=kind) for plane in np.moveaxis(pixels_HWC, -1, 0))
+    return np.stack([np.asarray(Image.fromarray(plane).resize(shape, resample)) for plane in planes], axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +428,9 @@ def _open_deep_png(content: bytes) -> np.ndarray:
     from torchvision.io import ImageReadMode, decode_image
 
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    pixels_CHW = decode_image(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the function; what is to replace it needs FFmpeg
+        pixels_CHW = decode_image(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     pixels = pixels_CHW.permute(1, 2, 0).numpy()
     return pixels[..., :1] if pixels.shape[-1] == 2 else pixels  # grayscale: its transparency says nothing of it
 
