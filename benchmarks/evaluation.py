@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.views import clean_views
 from hf_ssl_or.evaluation.knn import knn_accuracy
 from hf_ssl_or.evaluation.linear_probe import LogisticProtocol

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.data.loader import ViewLoader
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.log import read_metrics
 

@@ -13,7 +13,7 @@ import torch
 from common import SLIM
 
 from hf_ssl_or import Trainer, TrainingArguments, create_encoder
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.structures import ViewSpec

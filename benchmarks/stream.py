@@ -23,7 +23,7 @@ from common import parser, prepare, write
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.pixels import to_square
 from hf_ssl_or.data.stream import BlockBuffer, ShardedImageSet
 
