@@ -1,4 +1,4 @@
-"""Labels mean the same in both splits; sizes, splits and names of data sets are found; a hold-out stands in for one."""
+"""Labels mean the same in both splits; sizes, splits and names are found; a hold-out stands in for a split."""
 
 from __future__ import annotations
 
