@@ -48,7 +48,7 @@ from PIL import Image, ImageOps
 
 encoder = timm.create_model("{{place}}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-{OPEN_RGB.replace("PHOTO", "{photo}")}features = encoder(transform(image)[None])  # (1, {{width}})"""
+{OPEN_RGB.replace("PHOTO", "{photo}")}features = encoder(transform(image).unsqueeze(0))  # (1, {{width}})"""
 
 EXPORTED = "encoder-timm"
 

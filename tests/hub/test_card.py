@@ -329,6 +329,50 @@ def test_timm_is_named_where_it_can_build_the_encoder(make_run: MakeRun):
     assert "timm" not in section(str(build_card(make_run(continued, "continued"))), "Use")
 
 
+def wide(value_range: Any) -> Change:
+    def change(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+        recipe["data"]["value_range"] = value_range
+        found = [120.0, 3891.5] if value_range == "auto" else value_range
+        pixels = {"num_channels": 1, "eight_bit": False, "value_range": found, "mean": [0.25], "std": [0.125]}
+        results["data"]["preprocessing"] = {"image_size": 32, "interpolation": "bicubic", **pixels}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "not_said"),
+    [
+        (
+            lambda recipe, results: None,
+            ["3 channels, 8-bit", "0 to 255 become 0 to 1", "resized to 35 pixels (bilinear", "crop_pct 0.9"]
+            + ["cropped to 32 × 32", "| Mean | 0.5, 0.5, 0.5 |", "| Standard deviation | 0.2, 0.2, 0.2 |"],
+            ["measured", "recipe"],
+        ),
+        (
+            wide("auto"),
+            ["1 channel, of more than 8 bits", "120 to 3,891.5 become 0 to 1", "clipped, measured by percentiles"]
+            + ["32 pixels (bicubic", "| Mean | 0.25 |"],
+            ["recipe"],
+        ),
+        (wide([0, 4095]), ["0 to 4,095 become 0 to 1", "clipped, as the recipe sets it"], ["measured"]),
+        (wide("dtype"), ["the whole range of each image's type"], ["measured", "clipped"]),
+        (bare, ["is not recorded in the results of this run"], ["| Mean"]),
+    ],
+)
+def test_the_card_says_what_becomes_of_pixels(make_run: MakeRun, change: Change, said: list[str], not_said: list[str]):
+    card = str(build_card(make_run(change)))
+    images = section(card, "Images")
+    assert all(words in images for words in said) and not any(words in images for words in not_said)
+    assert ("another instrument" in section(card, "Limits")) == ("clipped" in images and "255" not in images)
+
+
+@pytest.mark.parametrize(("change", "name"), [(lambda *_: None, "photo.jpg"), (wide("auto"), "image.tif")])
+def test_the_lines_name_a_file_that_the_encoder_takes(make_run: MakeRun, change: Change, name: str):
+    use = section(str(build_card(make_run(change))), "Use")
+    assert f'processor("{name}"' in use and f'extract("{name}")' in use
+    assert ("create_transform" in use) == (name == "photo.jpg")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets of the Hub
 
