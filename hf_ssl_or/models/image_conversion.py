@@ -6,7 +6,6 @@ exports all come here, so that an image has the same pixels wherever an encoder 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
@@ -22,15 +21,22 @@ from torch import Tensor
 
 tifffile: Any = None
 pydicom: Any = None
-with contextlib.suppress(ImportError):  # a folder of the Hub may be used where they are not installed
+# A folder of the Hub may be used where these are not installed; transformers requires all imports outside of a try.
+try:  # noqa: SIM105
     import tifffile
-with contextlib.suppress(ImportError):
+except ImportError:
+    pass
+try:
     import pydicom
     from pydicom.pixels import apply_rescale, apply_voi_lut, pixel_array
-with contextlib.suppress(ImportError):
+except ImportError:
+    pass
+try:
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+except ImportError:
+    pass
 
 MAX_CHANNELS = 32
 MAX_ASPECT = 100  # of the longer side to the shorter one
@@ -117,6 +123,18 @@ class Preprocessing:
         """
         pixels = of_kind(to_pixels(image, self.num_channels), self.value_range, self.eight_bit)
         return resize_and_crop(pixels, self.resize_to, self.image_size, self.interpolation)
+
+    def tensor(self, image: Any) -> Tensor:
+        """Returns what the encoder gets of an image: (C, image_size, image_size) float32, normalized.
+
+        Args:
+            image: What `to_pixels` takes, say a path.
+
+        Raises:
+            ValueError, OSError: As `square`.
+        """
+        x_CHW = torch.from_numpy(np.array(self.square(image).transpose(2, 0, 1)))
+        return normalize_pixels(scale_pixels(x_CHW, self.value_range), self.mean, self.std)
 
 
 def of_kind(pixels: np.ndarray, value_range: ValueRange, eight_bit: bool) -> np.ndarray:
