@@ -59,6 +59,12 @@ def with_kornia(images: Tensor, spec: ViewSpec, views: int) -> Callable[[int], T
     return lambda turn: chain(images.float().div(255).repeat(views, 1, 1, 1))
 
 
+def with_compiled_kornia(images: Tensor, spec: ViewSpec, views: int) -> Callable[[int], Tensor]:
+    """The same chain through torch.compile, which compiles what it can of it between its graph breaks."""
+    eager = with_kornia(images, spec, views)
+    return torch.compile(lambda turn: eager(0), dynamic=False)
+
+
 def with_torchvision(images: Tensor, spec: ViewSpec, views: int) -> Callable[[int], Tensor]:
     jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
     chain = v2.Compose(
@@ -76,7 +82,12 @@ def with_torchvision(images: Tensor, spec: ViewSpec, views: int) -> Callable[[in
 
 def measure(images: Tensor, views: int, budget: float) -> list[Row]:
     """Gives views per second of each, and how many times as fast ours is."""
-    makers = {"ours": ours, "kornia": with_kornia, "torchvision": with_torchvision}
+    makers = {
+        "ours": ours,
+        "kornia": with_kornia,
+        "kornia, compiled": with_compiled_kornia,
+        "torchvision": with_torchvision,
+    }
     turns, runs = count(), [make(images, ViewSpec(), views) for make in makers.values()]
     works = [clocked(partial(lambda run: run(next(turns)), run), images.device) for run in runs]
     rounds = take_turns(works, budget)

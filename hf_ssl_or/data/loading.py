@@ -86,7 +86,7 @@ def load_images(
         class_names=source.class_names,
         preprocessing=preprocessing,
         name=name,
-        whole_storage=_storage(arguments, _whole_bytes(job, kind)),
+        whole_storage=_whole_storage(arguments, job, kind),
         square_storage=_storage(arguments, _square_bytes(job)),
     )
     store, tally = _first_pass(images, arguments, squares=squares)
@@ -98,6 +98,17 @@ def _whole_bytes(job: DecodeJob, kind: PixelKind) -> int:
     height, width = kind.median_size
     shrink = 1.0 if job.bound is None else min(1.0, job.bound / min(height, width))
     return int(len(job.rows) * height * width * shrink**2) * _pixel_bytes(job)
+
+
+def _whole_storage(arguments: DataArguments, job: DecodeJob, kind: PixelKind) -> Storage:
+    """Decides where whole images are kept.
+
+    Large ones that no bound makes smaller are kept nowhere: to decode a JPEG as small as its crops allow costs less
+    than to crop it at its full size.
+    """
+    if arguments.cache == "none" and min(kind.median_size) > 2 * default_bound(job.preprocessing.image_size):
+        return Storage("on_the_fly")
+    return _storage(arguments, _whole_bytes(job, kind))
 
 
 def _square_bytes(job: DecodeJob) -> int:

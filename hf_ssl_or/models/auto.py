@@ -265,7 +265,7 @@ class _Checkpoint:
 
 
 def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:
-    """Copies the weights; timm adapts those of a ViT's patches and positions to other sizes, and the first to channels.
+    """Copies the weights; timm adapts a ViT's patches and positions to other sizes, and the first layer to channels.
 
     Weights of colors are summed up for gray images, and repeated for more channels, divided so that sums stay alike.
     """
