@@ -28,6 +28,7 @@ from hf_ssl_or.data.stream import load_stream
 from hf_ssl_or.models.image_conversion import Preprocessing
 
 _SMALL_BYTES = 64 * 2**20  # "auto": decoded again in each run rather than stored
+_LARGE_SIDE = 512  # pixels
 _MEMORY_BYTES = 2**30  # "none": held in memory rather than decoded in each step
 
 
@@ -106,7 +107,8 @@ def _whole_storage(arguments: DataArguments, job: DecodeJob, kind: PixelKind) ->
     Large ones that no bound makes smaller are kept nowhere: to decode a JPEG as small as its crops allow costs less
     than to crop it at its full size.
     """
-    if arguments.cache == "none" and min(kind.median_size) > 2 * default_bound(job.preprocessing.image_size):
+    large = max(_LARGE_SIDE, 2 * default_bound(job.preprocessing.image_size))
+    if arguments.cache == "none" and min(kind.median_size) > large:
         return Storage("on_the_fly")
     return _storage(arguments, _whole_bytes(job, kind))
 
