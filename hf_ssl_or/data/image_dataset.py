@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
 from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, note_unreadable
 from hf_ssl_or.data.order import Order, ShuffledOrder
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
@@ -26,6 +26,7 @@ from hf_ssl_or.data.views import clean_views, crop_views, render_views, sample_p
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import keyed_permutation
+from hf_ssl_or.structures import ViewSpec
 
 _DEVICE_BYTES = 4 * 2**30  # sets of images of one size that are no larger move to the GPU's memory
 _MATRIX_SIDE = 128  # pixels up to which matrices crop faster than PIL on a CPU
@@ -202,6 +203,10 @@ class ImageSet:
         plans, ahead = itertools.tee(plans)
         for plan, (crops, index_B) in zip(plans, self._crops(ahead, device), strict=True):
             yield self._render([x.to(device, non_blocking=True) for x in crops], plan, (None, None)), index_B
+
+    def suited(self, specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+        """Returns specs as they are for RGB images, else without what needs colors."""
+        return tuple(specs) if self.preprocessing.num_channels == 3 else tuple(map(without_color, specs))
 
     def load_whole(self) -> PixelStore | None:
         """Decodes the whole images unless it is done; None if they are decoded each time."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, check_channels
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
@@ -40,7 +40,7 @@ class ViewLoader:
         wait_s: Seconds that the consumer has waited for batches in total (on a GPU: the host's part).
 
     Raises:
-        InputError: The batch does not fit the set or the processes, or there are fewer than two views.
+        InputError: The batch does not fit the set or the processes, there is no view, or one needs other channels.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class ViewLoader:
         prefetch: bool = True,
     ) -> None:
         _check(len(images), images.name, len(views), batch_size, world_size)
+        if (problem := check_channels([*views, *local_views], images.preprocessing.num_channels)) is not None:
+            raise InputError(f"views: {problem}")
         self.device = torch.device(device)
         self.images = images
         self.views, self.local_views = tuple(views), tuple(local_views)

@@ -69,7 +69,7 @@ def extract_features(
     bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
     parts: list[Tensor] = []
     with bar, evaluating(encoder), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        augmented = images.views(_plans(shares, views, num_views - 1, seed, images.image_size), device)
+        augmented = images.views(_plans(shares, images.suited(views), num_views - 1, seed, images.image_size), device)
         batches = images.clean(shares, device)
         for x_BCHW in bar.track(batches, total=len(shares), description=f"encoding {images.name}"):
             total_BF = encoder(x_BCHW).pooler_output.float()

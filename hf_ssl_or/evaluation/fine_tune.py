@@ -234,7 +234,7 @@ class _Views(Dataset):
             (x_BCHW,) = self.images.clean([index_B], self.device)
         else:
             group = ViewGroup(
-                specs=(self.spec,),
+                specs=self.images.suited([self.spec]),
                 size=self.images.image_size,
                 seed=hashed_seed("fine-tune", self.seed),
                 epoch=self.epoch,

@@ -113,7 +113,7 @@ def scatter_views(
         raise InputError(f"num_views={num_views}: needs views that say how they are drawn")
     device = torch.device(device)
     group = ViewGroup(
-        specs=tuple(views[i % len(views)] for i in range(num_views)),
+        specs=images.suited([views[i % len(views)] for i in range(num_views)]),
         size=images.image_size,
         seed=hashed_seed("evaluation", seed),
         epoch=0,

@@ -26,9 +26,9 @@ class _OwnPixels:
         return self.image_processor(image, return_tensors="pt", **image_processor_kwargs).to(self.dtype)
 
 
-class SSLImageFeatureExtractionPipeline(_OwnPixels, ImageFeatureExtractionPipeline):
+class SSLImageFeatureExtractionPipeline(_OwnPixels, ImageFeatureExtractionPipeline):  # type: ignore[misc]
     """Image feature extraction from images of any kind."""
 
 
-class SSLImageClassificationPipeline(_OwnPixels, ImageClassificationPipeline):
+class SSLImageClassificationPipeline(_OwnPixels, ImageClassificationPipeline):  # type: ignore[misc]
     """Image classification of images of any kind."""
