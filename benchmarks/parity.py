@@ -45,7 +45,7 @@ REMOTE = Lines(
         'encoder = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()\n'
         'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
     ),
-    prepare='pixel_values = processor(image, return_tensors="pt").pixel_values\n',
+    prepare='pixel_values = processor("PHOTO", return_tensors="pt").pixel_values\n',
     call="with torch.inference_mode():\n    features = encoder(pixel_values).pooler_output\n",
 )
 COLUMNS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "onnx": "ONNX Runtime"}

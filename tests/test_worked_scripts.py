@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_ssl_or.data.shapes import SHAPES, ShapesSource
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -33,7 +34,8 @@ def save_encoder(folder: Path, channels: list[int], mean: float, std: float) -> 
     torch.manual_seed(0)
     options = {"layers": [1, 1, 1, 1], "zero_init_last": False}
     create_encoder("resnet18", channels=channels, image_size=32, **options).save_pretrained(folder)
-    build_image_processor(32, [mean] * 3, [std] * 3).save_pretrained(folder)
+    how = Preprocessing(image_size=32, mean=(mean,) * 3, std=(std,) * 3)
+    build_image_processor(how).save_pretrained(folder)
     return folder
 
 

@@ -66,7 +66,12 @@ def _held_out(
         return None
     test_rows = choose_rows(labels, len(labels), float(data.holdout), _HOLDOUT_SEED)
     train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
-    if not len(train_rows):
+    if len(np.unique(labels[train_rows])) < 2:  # of one class there is nothing to tell
+        if required:
+            raise InputError(
+                f"{data.dataset}: has no split {data.test_split!r}, and its {len(labels)} images are too few, or of "
+                "too few classes, to hold some out for the test"
+            )
         return None
     _logger.warning(
         "%s has no split %r: probes are tested on %d of its %d training images, held out from their fit by a seed "

@@ -119,7 +119,7 @@ def _check_results(run_folder: Path, encoder: Path) -> None:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if evaluated != found:
-        what = "does not say of which weights it is" if evaluated is None else "is of another encoder than encoder/"
+        what = "is of another encoder than encoder/" if evaluated else "does not say which weights it evaluated"
         raise InputError(f"{path}: {what}; hf-ssl-or train {run_folder} --resume measures anew; nothing was pushed")
 
 

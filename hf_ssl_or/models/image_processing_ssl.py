@@ -73,6 +73,16 @@ class SSLImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a processor from saved settings; those of version 0.1, which squeezed images, crop the center now."""
+        side = image_processor_dict.get("size", {}).get("height")
+        if side is not None and "crop_size" not in image_processor_dict:
+            geometry = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+            channels = {"num_channels": len(image_processor_dict["image_mean"])}
+            image_processor_dict = {**image_processor_dict, **geometry, **channels}
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths and URLs, alone or in lists; passes over what is an image already."""
         if isinstance(image_url_or_urls, list | tuple):

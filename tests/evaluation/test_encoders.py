@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from test_labelled import image_folder
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from transformers import (
+    AutoImageProcessor,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     ConvNextConfig,
     ConvNextModel,
@@ -23,6 +30,7 @@ from transformers import (
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoders import FrozenEncoder, load_encoder
+from hf_ssl_or.evaluation.labelled import load_labelled
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
@@ -100,6 +108,43 @@ def test_timm_from_a_folder_that_timm_wrote(tmp_path: Path) -> None:
     own = net.pretrained_cfg
     assert encoder.image_size == own["input_size"][-1] and encoder.processing.mean == own["mean"]
     torch.testing.assert_close(features(encoder), net.forward_head(net.forward_features(IMAGES), pre_logits=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "interpolation"), [(64, 0.875, "bicubic"), (40, 0.95, "bilinear"), (48, 1.0, "bicubic")]
+)
+def test_images_of_a_timm_encoder_are_those_of_its_own_transform(
+    size: int, crop_pct: float, interpolation: str, tmp_path: Path
+) -> None:
+    """To the pixel, whatever the settings of the data say."""
+    net = timm.create_model("test_resnet", num_classes=7)
+    net.pretrained_cfg |= {"input_size": (3, size, size), "crop_pct": crop_pct, "interpolation": interpolation}
+    save_for_hf(net, tmp_path / "net")
+    data = image_folder(tmp_path / "pictures", {"train": {"a": 4, "b": 4}, "test": {"a": 3, "b": 3}}, side=70)
+    encoder = load_encoder(str(tmp_path / "net"))
+    transform = create_transform(**resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'net'}")))
+    data, like = encoder.prepare(dataclasses.replace(data, crop_pct=0.5, interpolation="nearest"))
+    for split, images in zip(("train", "test"), load_labelled(data, like=like), strict=True):
+        files = sorted((tmp_path / "pictures" / split).rglob("*.png"))
+        expected_BCHW = torch.stack([transform(Image.open(file)) for file in files])
+        (found_BCHW,) = images.clean([np.arange(len(images))])
+        torch.testing.assert_close(found_BCHW, expected_BCHW, rtol=1e-6, atol=1e-6)
+
+
+def test_images_of_a_transformers_encoder_are_cropped_as_its_processor_does(tmp_path: Path) -> None:
+    """To a step of 1 / 255: transformers resizes tensors, which round otherwise."""
+    shape = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    ViTModel(VIT).save_pretrained(tmp_path / "net")
+    CLIPImageProcessor(**shape, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path / "net")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "net")
+    data = image_folder(tmp_path / "pictures", {"train": {"a": 4, "b": 4}, "test": {"a": 3, "b": 3}}, side=70)
+    data, like = load_encoder(str(tmp_path / "net")).prepare(data)
+    train, _ = load_labelled(data, like=like)
+    pictures = [Image.open(file).convert("RGB") for file in sorted((tmp_path / "pictures/train").rglob("*.png"))]
+    expected_BCHW = processor(pictures, return_tensors="pt").pixel_values
+    (found_BCHW,) = train.clean([np.arange(len(train))])
+    steps = ((found_BCHW - expected_BCHW) * torch.tensor(STD).view(-1, 1, 1) * 255).abs()
+    assert steps.max() < 2.01 and steps.mean() < 0.3
 
 
 def test_untrained_nets(tmp_path: Path) -> None:

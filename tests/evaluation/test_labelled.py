@@ -151,3 +151,11 @@ def test_what_has_no_labels_is_not_parted(tmp_path: Path, caplog: pytest.LogCapt
     assert load_labelled(shapes, required=False) is None and not caplog.messages
     train, test = load_labelled(shapes)
     assert len(train) + len(test) == 50 and len(test) > 0
+
+
+@pytest.mark.parametrize(("name", "labels"), [("one image each", ["a", "b"]), ("one class", ["a"] * 20)])
+def test_too_few_images_or_classes_are_not_parted(name: str, labels: list, tmp_path: Path) -> None:
+    data = table(tmp_path / name, {"train": labels})
+    assert load_labelled(data, required=False) is None
+    with pytest.raises(InputError, match=f"has no split 'test', and its {len(labels)} images are too few, or of too"):
+        load_labelled(data)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,26 @@ def test_save_and_load(tmp_path) -> None:
     image = picture(40, 50)
     pixels = [p(image, return_tensors="pt").pixel_values for p in (processor, loaded)]
     assert torch.equal(*pixels)
+
+
+def test_a_url_is_read_as_its_file(tmp_path) -> None:
+    picture(40, 90).convert("RGBA").save(tmp_path / "image.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = prepare(settings(), f"http://127.0.0.1:{server.server_port}/image.png")
+        server.shutdown()
+    assert torch.equal(found, prepare(settings(), tmp_path / "image.png"))
+
+
+def test_settings_of_version_0_1_crop_too(tmp_path) -> None:
+    old = {"image_processor_type": "SSLImageProcessor", "size": {"height": 32, "width": 32}, "do_convert_rgb": False}
+    old |= {"image_mean": [0.5], "image_std": [0.2], "resample": 2, "rescale_factor": 1 / 255}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    processor, now = SSLImageProcessor.from_pretrained(tmp_path), settings(num_channels=1, mean=[0.5], std=[0.2])
+    assert preprocessing_of(processor) == now
+    image = picture(40, 90)
+    assert torch.equal(processor(image, return_tensors="pt").pixel_values, prepare(now, image))
 
 
 def test_the_folder_needs_no_reader_of_special_files(tmp_path) -> None:
