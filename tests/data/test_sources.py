@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import expand_shards
 from hf_ssl_or.data.sources import list_splits, load_source
+from hf_ssl_or.data.webdataset import expand_shards
 from hf_ssl_or.errors import InputError
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.files import TarSource
 from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.webdataset import TarSource
 
 
 def encoded(form: str, **options: object) -> bytes:
