@@ -302,13 +302,12 @@ def _check_evaluate(arguments: argparse.Namespace, encoders: list[str]) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.data.cache import load_images
     from hf_ssl_or.preview import draw_preview
     from hf_ssl_or.recipe import load_recipe
-    from hf_ssl_or.run import view_specs
+    from hf_ssl_or.run import load_training_images, view_specs
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    images, seed = load_images(recipe.data, recipe.data.train_split), recipe.training.seed
+    images, seed = load_training_images(recipe), recipe.training.seed
     draw_preview(images, view_specs(recipe), arguments.output, seed=seed, images=arguments.images)
     print(f"wrote {arguments.output}")
     return 0

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.neighbours import as_rgb
 from hf_ssl_or.structures import ViewSpec
 
 TILE = 96  # pixels of a tile's side: small images are enlarged so that a person can see them
@@ -33,19 +34,14 @@ def draw_preview(data: ImageSet, groups: Sequence[list[ViewSpec]], path: Path, *
     if images < 1:
         raise InputError(f"--images: at least 1, not {images}")
     index_B = np.linspace(0, len(data) - 1, min(images, len(data))).astype(np.int64)
-    source = data.batch(torch.from_numpy(index_B), torch.device("cpu"))
-    rows = [clean_views(source, data.image_size, (0.0,) * 3, (1.0,) * 3)[None]]
-    for specs in groups:
-        if specs:
-            parameters = draw_parameters(
-                specs,
-                seed=seed,
-                epoch=0,
-                index_B=index_B,
-                source_size=source.shape[-1],
-                image_size=data.image_size,
-            )
-            rows.append(render_views(source, parameters, (0.0,) * 3, (1.0,) * 3))
+    plan = ViewPlan(
+        index_B,
+        tuple(ViewGroup(specs=tuple(specs), size=data.image_size, seed=seed, epoch=0) for specs in groups if specs),
+    )
+    ((views, shown_B),) = data.views([plan])
+    mean_C11, std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    rows = [data.unit_squares(shown_B)[None], *(group_VBCHW * std_C11 + mean_C11 for group_VBCHW in views)]
+    rows = [as_rgb(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in rows]
     try:
         Image.fromarray(_grid(rows)).save(path)
     except (OSError, ValueError) as error:

@@ -76,6 +76,24 @@ def keyed_orders(index_B: torch.Tensor, views: int, slots: int, *key: int | str)
     return bits_BS.unflatten(1, (views, slots)).transpose(0, 1).argsort(-1)
 
 
+def keyed_normal(seed_N: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns `count` standard normal numbers for each seed, a function of (seed, place) alone, on the seeds' device.
+
+    Args:
+        seed_N: Keys (int64).
+        count: P, how many numbers each gets.
+
+    Returns:
+        float32 (N, P), by the transform of Box and Muller (1958).
+    """
+    half = -(-count // 2)
+    places_P = torch.arange(1, 2 * half + 1, device=seed_N.device) * _as_int64(_GOLDEN)
+    bits_NP = _shift(_mix_int64(_mix_int64(seed_N[:, None]) + places_P), 40)  # 24 bits, what float32 holds
+    uniform_NP = (bits_NP.float() + 0.5) * 2.0**-24
+    radius, angle = (-2 * uniform_NP[:, :half].log()).sqrt(), uniform_NP[:, half:] * (2 * torch.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
 def _as_int64(bits: np.uint64) -> int:
     return int(bits.astype(np.int64))
 

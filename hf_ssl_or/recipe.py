@@ -41,6 +41,8 @@ class EncoderArguments:
         name: Architecture, see `hf-ssl-or list encoders`.
         stem: ResNets: "standard", or "small" (3x3, stride 1, no max-pool) for images of 32-64 pixels.
         patch_size: ViTs: side of a patch in pixels.
+        num_channels: Channels of an image: 3 for RGB, 1 for grayscale, up to 32. The weights of `init_from` are summed
+            or repeated to them, as timm does.
         channels: ResNets: channels of each stage, for slimmer or wider nets.
         init_from: Starts from these weights: a timm name, a Hub id ("org/name", "org/name@revision") or a folder.
         model_args: Further keyword arguments of the timm model.
@@ -49,6 +51,7 @@ class EncoderArguments:
     name: str = "resnet18"
     stem: str | None = None
     patch_size: int | None = None
+    num_channels: int = 3
     channels: list[int] | None = None
     init_from: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +117,7 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """Gives the part that decides the weights: what only logs, saves, stores or judges is left out."""
         plain = self.to_dict()
+        plain["data"]["original_resolution"] = self.data.cache == "none"  # views are cut from larger images then
         for section, keys in _NO_INFLUENCE.items():
             for key in keys:
                 plain[section].pop(key)

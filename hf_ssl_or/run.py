@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.augmentation_sampling import check_channels, without_color
+from hf_ssl_or.data.decode import default_bound
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
 from hf_ssl_or.evaluation.encoders import load_encoder
@@ -80,7 +82,7 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         if recipe.training.push_to is not None:
             check_destination(recipe.training.push_to)
     with accelerator.local_main_process_first():  # which decodes the images for the others
-        images = load_images(recipe.data, recipe.data.train_split)
+        images = load_training_images(recipe)
         labelled = _labelled_images(recipe, images)
     bank, test = labelled or (None, None)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
@@ -96,7 +98,12 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     results = {
         "recipe": recipe.to_dict(),
         "run": {"steps": trainer.total_steps, "train_seconds_this_session": round(seconds, 1)},
-        "data": {"name": images.name, "fingerprint": images.fingerprint, "images": len(images)},
+        "data": {
+            "name": images.name,
+            "fingerprint": images.fingerprint,
+            "images": len(images),
+            "preprocessing": images.preprocessing.to_dict(),
+        },
         **_judge(recipe, trainer, labelled),
         "weights": weight_report(trainer.encoder),
         "weights_before": weights_before,
@@ -111,6 +118,15 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     if is_main and recipe.training.push_to is not None:
         push_finished(run_dir, recipe.training.push_to)
     return results if is_main else None
+
+
+def load_training_images(recipe: Recipe) -> ImageSet:
+    """Loads the images that a recipe trains on, stored as large as its views need."""
+    data = recipe.data
+    if data.cache_size is None:
+        views, local_views = view_specs(recipe)
+        data = replace(data, cache_size=default_bound(data.image_size, [*views, *local_views]))
+    return load_images(data, data.train_split, num_channels=recipe.encoder.num_channels)
 
 
 def build_trainer(
@@ -147,6 +163,7 @@ def build_method(recipe: Recipe) -> SSLMethod:
                 encoder.name,
                 stem=encoder.stem,
                 image_size=recipe.data.image_size,
+                num_channels=encoder.num_channels,
                 patch_size=encoder.patch_size,
                 channels=encoder.channels,
                 init_from=encoder.init_from,
@@ -166,9 +183,16 @@ def build_method(recipe: Recipe) -> SSLMethod:
 
 
 def view_specs(recipe: Recipe) -> tuple[list[ViewSpec], list[ViewSpec]]:
-    """Gives one spec per view: the recipe's, or the method's, repeated in turn."""
-    specs = recipe.views.specs or list(get_method(recipe.method_name).views)
+    """Returns one spec per view: the recipe's, or the method's (without color, where there is none), in turn.
+
+    Raises:
+        InputError: A spec of the recipe asks for what the encoder's images do not have.
+    """
+    channels, own = recipe.encoder.num_channels, list(get_method(recipe.method_name).views)
+    specs = recipe.views.specs or (own if channels == 3 else [without_color(spec) for spec in own])
     local = recipe.views.local_specs or []
+    if (problem := check_channels([*specs, *local], channels)) is not None:
+        raise InputError(f"views.specs: {problem}")
     views = [specs[i % len(specs)] for i in range(recipe.views.count)]
     return views, [local[i % len(local)] for i in range(recipe.views.local_count)]
 
@@ -191,8 +215,9 @@ def _write_encoder(recipe: Recipe, encoder: nn.Module, images: ImageSet, folder:
         "seed": recipe.training.seed,
         "hf_ssl_or": importlib.metadata.version("hf-ssl-or"),
     }
+    model.config.preprocessing = images.preprocessing.to_dict()
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    build_image_processor(recipe.data.image_size, images.mean, images.std).save_pretrained(folder)
+    build_image_processor(images.preprocessing).save_pretrained(folder)
 
 
 def evaluate(
@@ -222,13 +247,11 @@ def evaluate(
         tree["data"] = {**tree["data"], "dataset": find_dataset(dataset)}
         tree["evaluation_data"] = None
     recipe = recipe_from_dict(tree, encoder).override([*overrides, *_chosen(protocols)])
-    labelled = load_labelled(recipe.evaluation_data or recipe.data)
+    data, like = frozen.prepare(recipe.evaluation_data or recipe.data)
+    labelled = load_labelled(data, num_channels=frozen.processing.num_channels, like=like)
     assert labelled is not None
     device = _device()
-    shared: dict[str, Any] = {"mean": frozen.mean or labelled[0].mean, "std": frozen.std or labelled[0].std}
-    judged = evaluate_encoder(
-        frozen.model.to(device), *labelled, recipe.evaluation, device=device, image_size=frozen.image_size, **shared
-    )
+    judged = evaluate_encoder(frozen.model.to(device), *labelled, recipe.evaluation, device=device)
     name = Path(encoder).name if Path(encoder).exists() else encoder
     results = {"encoder": name, **judged, "environment": environment(device, 1)}
     if output is not None:
@@ -284,7 +307,7 @@ def select(run_dir: Path, measure: str, *, output: Path | None = None) -> Choice
         _claim(output, resume=False)
     recipe, device = load_recipe(run_dir / "recipe.yaml"), _device()
     encoder = build_method(recipe).encoder.to(device)
-    images = functools.cache(lambda: load_images(recipe.data, recipe.data.train_split))
+    images = functools.cache(lambda: load_training_images(recipe))
 
     def sample() -> Sample:
         bank, test = (measure == "knn" and _labelled_images(recipe, images())) or (None, None)
@@ -324,11 +347,10 @@ def _pushing(recipe: Recipe, trainer: Trainer, images: ImageSet, run_dir: Path) 
 
 def _write_report_material(recipe: Recipe, trainer: Trainer, judged: ImageSet, run_dir: Path) -> None:
     """Writes what `hf-ssl-or report` draws and numbers do not hold: views, features and nearest neighbours."""
-    images = trainer.images
-    write_samples(trainer.encoder, judged, run_dir, mean=images.mean, std=images.std, device=trainer.device)
+    write_samples(trainer.encoder, judged, run_dir, device=trainer.device)
     if trainer.accelerator.is_main_process:
         (run_dir / "figures").mkdir(exist_ok=True)
-        draw_preview(images, view_specs(recipe), run_dir / "figures" / "views.png", seed=recipe.training.seed)
+        draw_preview(trainer.images, view_specs(recipe), run_dir / "figures" / "views.png", seed=recipe.training.seed)
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -358,17 +380,17 @@ def _claim(run_dir: Path, resume: bool) -> None:
 def _labelled_images(recipe: Recipe, images: ImageSet) -> tuple[ImageSet, ImageSet] | None:
     """Loads the labelled training and test images that judge the encoder, or None where there are none."""
     data = recipe.evaluation_data or recipe.data
-    return load_labelled(data, statistics=(images.mean, images.std), required=recipe.evaluation_data is not None)
+    return load_labelled(data, like=images.preprocessing, required=recipe.evaluation_data is not None)
 
 
 def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
     """Gives `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
-    images = trainer.images
-    shared: dict[str, Any] = {"mean": images.mean, "std": images.std, "device": trainer.device}
     if labelled is not None:
-        return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, **shared)
+        return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, device=trainer.device)
+    images = trainer.images
     judged = images.sample(_UNLABELLED, "collapse") if recipe.data.streaming else images
-    features = extract_features(trainer.encoder, judged, batch_size=recipe.evaluation.batch_size, **shared)
+    batch = recipe.evaluation.batch_size
+    features = extract_features(trainer.encoder, judged, batch_size=batch, device=trainer.device)
     return {"evaluations": [], "collapse": collapse_report(features)}
 
 

@@ -10,26 +10,38 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+_PROBABILITIES = (
+    *("flip", "jitter", "grayscale", "blur", "solarize"),
+    *("vertical_flip", "rotate", "noise", "channel_drop"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """How one view of an image is drawn. Every probability at 0 and `crop_scale=(1, 1)` give the clean image.
+    """How one view of an image is sampled. Every probability at 0 and `crop_scale=(1, 1)` give the clean image.
 
     Attributes:
         size: Side of the square view in pixels; None takes the size of the run's images.
         crop_scale: Smallest and largest share of the image's area that a random crop takes.
         crop_ratio: Smallest and largest aspect ratio (width / height) of a crop.
         flip: Probability of a horizontal flip.
-        jitter: Probability of colour jitter.
+        jitter: Probability of color jitter.
         brightness: Largest relative change of brightness, as in `torchvision.transforms.v2.ColorJitter`.
         contrast: Largest relative change of contrast.
         saturation: Largest relative change of saturation.
-        hue: Largest shift of hue, as a share of the colour circle (at most 0.5).
+        hue: Largest shift of hue, as a share of the color circle (at most 0.5).
         grayscale: Probability of grayscale.
         blur: Probability of Gaussian blur.
         blur_sigma: Smallest and largest standard deviation of the blur, in pixels of the view.
         solarize: Probability of inverting all values of at least `solarize_threshold`.
-        solarize_threshold: Threshold of solarisation, for values in [0, 1].
+        solarize_threshold: Threshold of solarization, for values in [0, 1].
+        vertical_flip: Probability of a vertical flip, for images without an up and down (microscopy, satellites).
+        rotate: Probability of a rotation by 90, 180 or 270 degrees.
+        channel_brightness: Largest relative change of brightness of each channel on its own, part of the jitter.
+        channel_contrast: Largest relative change of contrast of each channel on its own, about the channel's mean.
+        noise: Probability of Gaussian noise.
+        noise_std: Smallest and largest standard deviation of the noise, for values in [0, 1].
+        channel_drop: Probability that one channel, at random, becomes the mean of the set.
     """
 
     size: int | None = None
@@ -46,19 +58,27 @@ class ViewSpec:
     blur_sigma: tuple[float | int, float | int] = (0.1, 2.0)
     solarize: float | int = 0.0
     solarize_threshold: float | int = 0.5
+    vertical_flip: float | int = 0.0
+    rotate: float | int = 0.0
+    channel_brightness: float | int = 0.0
+    channel_contrast: float | int = 0.0
+    noise: float | int = 0.0
+    noise_std: tuple[float | int, float | int] = (0.01, 0.1)
+    channel_drop: float | int = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: a probability lies in [0, 1], not {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue: lies in [0, 0.5], not {self.hue}")
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("brightness", "contrast", "saturation", "channel_brightness", "channel_contrast"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size: at least 1 pixel, not {self.size}")
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf")), ("blur_sigma", float("inf"))):
+        tops = {"crop_scale": 1.0, "crop_ratio": float("inf"), "blur_sigma": float("inf"), "noise_std": 1.0}
+        for name, top in tops.items():
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import check_value_range
 from hf_ssl_or.settings import settings
 
 
@@ -24,16 +25,25 @@ class DataArguments:
         test_split: Name of the split that is evaluated on.
         image_column: Column of the images; None finds it.
         label_column: Column of the labels; None finds it, or goes without labels.
-        image_size: Side of the square views in pixels, where a view does not say otherwise.
+        image_size: Side of the square views in pixels, where a view does not say otherwise, and of the squares that
+            the encoder gets in evaluation.
+        crop_pct: Share of the shorter side that evaluation keeps: it is resized to `image_size / crop_pct`, and the
+            center is cropped, as in timm.
+        interpolation: Filter of that resize.
+        value_range: Pixel values that become 0 and 1. "auto" takes 0 and 255 for 8-bit images and measures others by
+            percentiles over a sample; [low, high] sets them; "dtype" takes each image's type's own range.
         fraction: Share of the training images that is used: a seeded subset, class by class if there are labels.
         fraction_seed: Key of that subset.
+        holdout: Share of the training images that probes are tested on, where a labelled set has no test split.
         mean: Mean per channel of images in [0, 1]; None measures it on the training images in use.
         std: Standard deviation per channel; None measures it too.
-        cache: "disk" decodes once into a file that later runs map into memory; "none" writes nothing; "auto" writes a
-            file unless the decoded set is small.
+        cache: "disk" decodes once into a file that later runs map into memory; "auto" does, unless the decoded set is
+            small; "none" stores no pixels: views are cropped from the original file in every epoch, decoded as small
+            as the crop allows. (What can be read, and its size, is checked once and noted.)
         cache_dir: Folder of these files; None: `$HF_SSL_OR_CACHE`, else `hf_ssl_or` beside the Hub's own cache.
-        cache_size: Side of the stored square images. None: `image_size` if the originals are at most 96 pixels, else
-            1.15 times that. Larger keeps more detail in small crops and costs disk by the square.
+        cache_size: Most pixels of the shorter side of the stored images, which keep their aspect ratio. None: so many
+            that the median crop of the views has no fewer pixels than the view. Larger keeps more detail in small
+            crops and costs disk by the square.
         max_corrupt: Share of the images that may be unreadable: they are left out and named.
         streaming: Reads training images where they are while training, for sets too large to copy or to decode in
             advance; for parquet and .tar files. Nothing but their index is stored. See docs/streaming.md.
@@ -52,8 +62,12 @@ class DataArguments:
     image_column: str | None = None
     label_column: str | None = None
     image_size: int = 32
+    crop_pct: float | int = 1.0
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] = "bilinear"
+    value_range: Literal["auto", "dtype"] | list[float | int] = "auto"
     fraction: float | int = 1.0
     fraction_seed: int = 0
+    holdout: float | int = 0.1
     mean: list[float | int] | None = None
     std: list[float | int] | None = None
     cache: Literal["auto", "disk", "none"] = "auto"
@@ -77,14 +91,23 @@ class DataArguments:
             raise InputError(f"data.shapes_test: at least 0, not {self.shapes_test}")
         if not 0 < self.fraction <= 1:
             raise InputError(f"data.fraction: more than 0 and at most 1, not {self.fraction}")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"data.crop_pct: more than 0 and at most 1, not {self.crop_pct}")
+        if not 0 < self.holdout < 1:
+            raise InputError(f"data.holdout: a share of more than 0 and less than 1, not {self.holdout}")
+        if self.value_range != "auto":
+            try:
+                check_value_range(self.value_range)
+            except ValueError as error:
+                raise InputError(f"data.{error}") from error
         if not 0 <= self.max_corrupt < 1:
             raise InputError(f"data.max_corrupt: a share from 0 to less than 1, not {self.max_corrupt}")
         if (self.mean is None) != (self.std is None):
             raise InputError("data.mean, data.std: give both or neither")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != 3:
-                raise InputError(f"data.{name}: three numbers (red, green, blue), not {len(value)}")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise InputError(
+                f"data.mean, data.std: one number per channel in both, not {len(self.mean)}, {len(self.std)}"
+            )
         if self.std is not None and min(self.std) <= 0:
             raise InputError(f"data.std: more than 0 in each channel, not {min(self.std)}")
         if self.streaming and self.fraction != 1:

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
+import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from hf_ssl_or.data.pixels import to_square
+from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.sources import ImageReader, ImageSource
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import (
+    Preprocessing,
+    ValueRange,
+    dtype_range,
+    of_kind,
+    output_size,
+    resize,
+    to_pixels,
+    upright_size,
+)
+from hf_ssl_or.randomness import keyed_permutation
+from hf_ssl_or.structures import ViewSpec
 
-_LAYOUT = 1  # part of every key: a change of how images are decoded makes older files void
+_LAYOUT = 2  # part of every key: a change of how images are decoded makes older files void
 _TASK = 64  # images that a thread decodes at a time
+_SAMPLE, _VALUES = 256, 4096  # images, and pixels of each, that a range of values is measured on
+_PERCENTILES = (0.01, 99.99)  # of all values: a few dead or hot pixels do not set the range
+_CLIPPED = 0.01  # share of the pixels outside of the range that is worth a warning
+_GAP = 32  # ratio between the brightest pixels of two groups of images that is worth a warning
 _logger = logging.getLogger(__name__)
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,31 +51,111 @@ class DecodeJob:
     Attributes:
         source: Where they are.
         rows: Which of them.
-        side: Side of the squares in pixels.
+        preprocessing: Channels and kind of the pixels, and the geometry of squares.
+        dtype: Type of the pixels that are kept.
+        square: Makes the squares that an encoder gets in evaluation, not whole images.
+        bound: Most pixels of the shorter side of whole images; larger ones are resized. None for no bound.
         workers: Threads.
         max_corrupt: Share of the images that may be unreadable.
     """
 
     source: ImageSource
     rows: np.ndarray
-    side: int
-    workers: int
-    max_corrupt: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all decoded images."""
-        return len(self.rows) * 3 * self.side**2
+    preprocessing: Preprocessing
+    dtype: str = "uint8"
+    square: bool = False
+    bound: int | None = None
+    workers: int = 1
+    max_corrupt: float = 0.0
 
     def key(self) -> str:
         """Hash of what the result depends on."""
-        digest = hashlib.blake2b(f"{_LAYOUT}/{self.source.fingerprint}/{self.side}/".encode(), digest_size=12)
+        p = self.preprocessing
+        geometry = (p.image_size, p.crop_pct, p.interpolation) if self.square else self.bound
+        kind = (p.num_channels, self.dtype, "dtype" if p.value_range == "dtype" else p.eight_bit)
+        digest = hashlib.blake2b(f"{_LAYOUT}/{self.source.fingerprint}/{geometry}/{kind}".encode(), digest_size=12)
         digest.update(self.rows.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def too_many(self, failures: list[str]) -> InputError:
+    def too_many(self, failures: Sequence[str]) -> InputError:
         """Makes the error for more unreadable images than allowed."""
         return too_many_unreadable(self.source.name, len(self.rows), self.max_corrupt, failures)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image: its pixels (H, W, C), and the height and width of the original."""
+
+    pixels: np.ndarray
+    original_size: tuple[int, int]
+
+
+def decode(source: ImageReader, row: int, job: DecodeJob) -> Decoded | str:
+    """Reads an image, or says which one cannot be read and why."""
+    return _attempt(source, row, lambda image: _decode_square(image, job) if job.square else _decode_whole(image, job))
+
+
+def decode_for_boxes(
+    source: ImageReader, row: int, job: DecodeJob, least_side: Callable[[tuple[int, int]], int]
+) -> Decoded | str:
+    """Reads an image as small as the crops allow that are cut out of it.
+
+    Args:
+        source: Where the image is.
+        row: Which one.
+        job: How it is decoded.
+        least_side: Says how many pixels the shorter side of an original of a given height and width must keep.
+    """
+
+    def convert(image: Any) -> Decoded:
+        size = upright_size(image)
+        pixels = _converted(image, job, None if size is None else least_side(size))
+        return Decoded(_as_stored(pixels, job), size or pixels.shape[:2])
+
+    return _attempt(source, row, convert)
+
+
+def _attempt(source: ImageReader, row: int, convert: Callable[[Any], Decoded]) -> Decoded | str:
+    try:
+        return convert(source.read(row))
+    except Exception as error:  # a decoder fails on foreign bytes in more ways than can be listed
+        reason = str(error).strip() or type(error).__name__
+        return f"{source.describe(row)}: {reason.splitlines()[0]}"
+
+
+def _decode_square(image: Any, job: DecodeJob) -> Decoded:
+    pixels = job.preprocessing.square(image)
+    return Decoded(_as_stored(pixels, job), pixels.shape[:2])
+
+
+def _decode_whole(image: Any, job: DecodeJob) -> Decoded:
+    size = upright_size(image)
+    pixels = _converted(image, job, None if job.bound is None else 2 * job.bound)
+    original_size = size or pixels.shape[:2]
+    if job.bound is not None and min(pixels.shape[:2]) > job.bound:
+        pixels = resize(pixels, output_size(original_size, job.bound))
+    return Decoded(_as_stored(pixels, job), original_size)
+
+
+def _converted(image: Any, job: DecodeJob, least: int | None) -> np.ndarray:
+    p = job.preprocessing
+    return of_kind(to_pixels(image, p.num_channels, least=least), p.value_range, p.eight_bit)
+
+
+def _as_stored(pixels: np.ndarray, job: DecodeJob) -> np.ndarray:
+    """Converts pixels to the type that is kept; where values would be lost the image is refused."""
+    if pixels.dtype.name == job.dtype:
+        return pixels
+    if job.dtype == "float32":
+        return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+    rounded, (low, high) = np.rint(pixels), dtype_range(job.dtype)
+    if rounded.min() < low or rounded.max() > high or pixels.dtype.kind in "ui":
+        raise ValueError(f"{pixels.dtype} pixels in a set of {job.dtype} ones")
+    return rounded.astype(job.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All images of a split
 
 
 @dataclass
@@ -69,35 +166,55 @@ class Tally:
         count: Images that could be read.
         unreadable: Place among the wanted rows -> which image it is and what is wrong.
         pixels: Pixels per channel.
-        sums: Sum of the bytes of each channel.
+        sums: Sum of the values of each channel, scaled to [0, 1] (of uint8, of the bytes).
         square_sums: Sum of their squares.
     """
 
     count: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)  # keys are words because JSON has no others
     pixels: int = 0
-    sums: list[int] = field(default_factory=lambda: [0, 0, 0])
-    square_sums: list[int] = field(default_factory=lambda: [0, 0, 0])
+    sums: list[float] = field(default_factory=list)
+    square_sums: list[float] = field(default_factory=list)
 
-    def add(self, images_NCHW: np.ndarray) -> None:
+    def add(self, images: Sequence[np.ndarray], preprocessing: Preprocessing) -> None:
         """Counts readable images."""
-        bytes_3P = images_NCHW.transpose(1, 0, 2, 3).reshape(3, -1).astype(np.uint32)
-        self.count += len(images_NCHW)
-        self.pixels += bytes_3P.shape[1]
-        for channel, values_P in enumerate(bytes_3P):
-            self.sums[channel] += int(values_P.sum(dtype=np.uint64))
-            self.square_sums[channel] += int(np.square(values_P).sum(dtype=np.uint64))
+        channels = preprocessing.num_channels
+        self.sums, self.square_sums = self.sums or [0.0] * channels, self.square_sums or [0.0] * channels
+        self.count += len(images)
+        together = len({image.dtype for image in images}) == 1 and images[0].size < 2**16
+        for values_PC in [np.concatenate([x.reshape(-1, channels) for x in images])] if together else images:
+            values_PC = values_PC.reshape(-1, channels)
+            self.pixels += len(values_PC)
+            for channel in range(channels):
+                total, squares = _sums(values_PC[:, channel], preprocessing)
+                self.sums[channel] += total
+                self.square_sums[channel] += squares
 
-    def statistics(self) -> Statistics:
+    def statistics(self, preprocessing: Preprocessing) -> Statistics:
         """Mean and standard deviation of each channel over all pixels in [0, 1], rounded to 4 digits."""
+        unit = 255 if preprocessing.eight_bit and preprocessing.value_range == (0, 255) else 1
         means = [total / self.pixels for total in self.sums]
         variances = [total / self.pixels - mean**2 for total, mean in zip(self.square_sums, means, strict=True)]
-        stds = [max(variance, 1.0) ** 0.5 for variance in variances]  # at least one grey level: it is divided by
-        return tuple(round(mean / 255, 4) for mean in means), tuple(round(std / 255, 4) for std in stds)
+        stds = [max(variance, (unit / 255) ** 2) ** 0.5 for variance in variances]  # one gray level: it is divided by
+        return tuple(round(mean / unit, 4) for mean in means), tuple(round(std / unit, 4) for std in stds)
 
 
-def decode_all(job: DecodeJob, tally: Tally) -> Iterator[np.ndarray]:
-    """Decodes images in order and counts them into `tally`; gives (k, 3, S, S) arrays of those that can be read.
+def _sums(values_P: np.ndarray, preprocessing: Preprocessing) -> tuple[float, float]:
+    if preprocessing.eight_bit and preprocessing.value_range == (0, 255):  # exact, by counting each byte
+        counts, levels = np.bincount(values_P, minlength=256), np.arange(256)
+        return float(counts @ levels), float(counts @ levels**2)
+    low, high = _range_of(values_P, preprocessing)
+    scaled_P = ((values_P.astype(np.float64) - low) / (high - low)).clip(0, 1)
+    return float(scaled_P.sum()), float(scaled_P @ scaled_P)
+
+
+def _range_of(values: np.ndarray, preprocessing: Preprocessing) -> tuple[float, float]:
+    value_range = preprocessing.value_range
+    return dtype_range(values.dtype.name) if value_range == "dtype" else value_range
+
+
+def decode_all(job: DecodeJob, tally: Tally) -> Iterator[list[Decoded]]:
+    """Decodes images in order and counts them into `tally`; yields those that can be read, some at a time.
 
     Raises:
         InputError: More images than allowed cannot be read.
@@ -108,26 +225,25 @@ def decode_all(job: DecodeJob, tally: Tally) -> Iterator[np.ndarray]:
         Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress,
     ):
         bar = progress.add_task(f"decoding {job.source.name}", total=len(job.rows))
-        for start, decoded in _in_order(job, pool):
-            images = [image for image in decoded if isinstance(image, np.ndarray)]
-            failed = {str(start + k): reason for k, reason in enumerate(decoded) if isinstance(reason, str)}
+        for start, results in _in_order(job, pool):
+            images = [image for image in results if isinstance(image, Decoded)]
+            failed = {str(start + k): reason for k, reason in enumerate(results) if isinstance(reason, str)}
             tally.unreadable.update(failed)
             if len(tally.unreadable) > job.max_corrupt * len(job.rows):
                 pool.shutdown(cancel_futures=True)
                 raise job.too_many(list(tally.unreadable.values()))
             if images:
-                images_KCHW = np.stack(images)
-                tally.add(images_KCHW)
-                yield images_KCHW
-            progress.advance(bar, len(decoded))
+                tally.add([image.pixels for image in images], job.preprocessing)
+                yield images
+            progress.advance(bar, len(results))
     if tally.unreadable:
         named = "; ".join(list(tally.unreadable.values())[:3])
         _logger.warning("%s: left out %d unreadable images: %s", job.source.name, len(tally.unreadable), named)
 
 
-def _in_order(job: DecodeJob, pool: ThreadPoolExecutor) -> Iterator[tuple[int, list[np.ndarray | str]]]:
+def _in_order(job: DecodeJob, pool: ThreadPoolExecutor) -> Iterator[tuple[int, list[Decoded | str]]]:
     """Runs a few tasks ahead, so that finished images do not fill the memory while their predecessors are written."""
-    running: deque[tuple[int, Future[list[np.ndarray | str]]]] = deque()
+    running: deque[tuple[int, Future[list[Decoded | str]]]] = deque()
     for start in range(0, len(job.rows), _TASK):
         running.append((start, pool.submit(_decode_some, job, start)))
         if len(running) > 4 * job.workers:
@@ -137,21 +253,12 @@ def _in_order(job: DecodeJob, pool: ThreadPoolExecutor) -> Iterator[tuple[int, l
         yield first, future.result()
 
 
-def _decode_some(job: DecodeJob, start: int) -> list[np.ndarray | str]:
-    return [decode(job.source, int(row), job.side) for row in job.rows[start : start + _TASK]]
-
-
-def decode(source: ImageReader, row: int, side: int) -> np.ndarray | str:
-    """Reads an image as a uint8 square, (3, side, side), or says which one cannot be read and why."""
-    try:
-        return to_square(source.read(row), side)
-    except Exception as error:  # a decoder fails on foreign bytes in more ways than can be listed
-        reason = str(error).strip() or type(error).__name__
-        return f"{source.describe(row)}: {reason.splitlines()[0]}"
+def _decode_some(job: DecodeJob, start: int) -> list[Decoded | str]:
+    return [decode(job.source, int(row), job) for row in job.rows[start : start + _TASK]]
 
 
 def note_unreadable(known: dict[int, str], found: dict[int, str], name: str, n: int, max_corrupt: float) -> None:
-    """Adds images that a streamed set has found to be unreadable to those known, and names the new ones in the log.
+    """Adds images that training has found to be unreadable to those known, and names the new ones in the log.
 
     Raises:
         InputError: They are more than allowed.
@@ -164,7 +271,7 @@ def note_unreadable(known: dict[int, str], found: dict[int, str], name: str, n: 
         raise too_many_unreadable(name, n, max_corrupt, list(known.values()))
 
 
-def too_many_unreadable(name: str, n: int, max_corrupt: float, failures: list[str]) -> InputError:
+def too_many_unreadable(name: str, n: int, max_corrupt: float, failures: Sequence[str]) -> InputError:
     """Makes the error for more unreadable images than allowed, which names the first."""
     return InputError(
         f"{name}: {len(failures)} or more of {n} images cannot be read, and data.max_corrupt={max_corrupt:g} allows "
@@ -172,15 +279,151 @@ def too_many_unreadable(name: str, n: int, max_corrupt: float, failures: list[st
     )
 
 
-def stored_side(source: ImageReader, rows: np.ndarray, image_size: int) -> int:
-    """Chooses the side of the squares: the views' own for small originals, a margin for the crops of large ones.
+# ---------------------------------------------------------------------------------------------------------------------
+# What kind of pixels a set has
 
-    A crop of a fifth of the area has 0.45 of the side: from squares of the views' own size it would be enlarged 2.2
-    times. The margin of 1.15 (to a multiple of 4) softens that at 1.3 times the bytes.
+
+@dataclass(frozen=True, kw_only=True)
+class PixelKind:
+    """What is known of a set's pixels before all are decoded.
+
+    Attributes:
+        eight_bit: Whether they are uint8.
+        dtype: Type that keeps them all.
+        value_range: What becomes 0 and 1.
+        median_size: Median height and width of the originals.
     """
-    sides = []
-    for row in rows[np.linspace(0, len(rows) - 1, num=min(16, len(rows)), dtype=np.int64)]:
-        with contextlib.suppress(Exception):  # an unreadable image is counted when all are decoded
-            image = source.read(int(row))
-            sides.append(min(image.shape[:2]) if isinstance(image, np.ndarray) else min(image.size))
-    return image_size if not sides or np.median(sides) <= 96 else 4 * round(1.15 * image_size / 4)
+
+    eight_bit: bool
+    dtype: str
+    value_range: ValueRange
+    median_size: tuple[int, int]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PixelKind:
+        """Makes it from JSON."""
+        pairs: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**pairs)
+
+
+def measure_kind(
+    sample: Iterable[tuple[ImageReader, int]], value_range: ValueRange | Literal["auto"], num_channels: int, name: str
+) -> PixelKind:
+    """Measures types, values and sizes of a sample of images.
+
+    Args:
+        sample: Readers and rows; what cannot be read is passed over.
+        value_range: "auto" measures the range of others than 8-bit pixels, by percentiles; "dtype", or (low, high).
+        num_channels: Channels of the set.
+        name: What messages call the set.
+
+    Raises:
+        InputError: 8-bit images and others are mixed, or all values are equal.
+    """
+    firsts: dict[str, str] = {}  # type of the pixels -> the first image of it
+    values: list[np.ndarray] = []
+    tops: list[tuple[float, str]] = []
+    sizes: list[tuple[int, int]] = []
+    for reader, row in sample:
+        try:
+            image = reader.read(row)
+            size = upright_size(image)
+            pixels = to_pixels(image, num_channels, least=64)
+        except Exception:  # it is counted, and named, when all are decoded
+            continue
+        sizes.append(size or pixels.shape[:2])
+        firsts.setdefault(pixels.dtype.name, reader.describe(row))
+        if pixels.dtype != np.uint8:
+            flat = pixels.reshape(-1)
+            values.append(flat[np.linspace(0, len(flat) - 1, num=min(_VALUES, len(flat)), dtype=np.int64)])
+            tops.append((float(np.percentile(values[-1], 99)), reader.describe(row)))
+    height, width = np.median(sizes, axis=0) if sizes else (1, 1)
+    median_size = int(height), int(width)
+    if value_range == "dtype":
+        return PixelKind(eight_bit="uint8" in firsts, dtype="float32", value_range="dtype", median_size=median_size)
+    if "uint8" in firsts and len(firsts) > 1:
+        other = next(kind for kind in firsts if kind != "uint8")
+        raise InputError(
+            f"data.value_range: {name} has two ranges of values: {firsts['uint8']} is of uint8, {firsts[other]} of "
+            f"{other}; convert one kind, or set data.value_range=dtype to take each type's own range"
+        )
+    if not values:
+        explicit = (0.0, 255.0) if value_range == "auto" else value_range
+        return PixelKind(eight_bit=True, dtype="uint8", value_range=explicit, median_size=median_size)
+    measured = _measured_range(np.concatenate(values).astype(np.float64), tops, value_range, name)
+    dtype = next(iter(firsts)) if len(firsts) == 1 else "float32"
+    return PixelKind(eight_bit=False, dtype=dtype, value_range=measured, median_size=median_size)
+
+
+def _measured_range(
+    values: np.ndarray, tops: list[tuple[float, str]], value_range: tuple[float, float] | Literal["auto"], name: str
+) -> tuple[float, float]:
+    """Measures the range of values, or compares the one that was given with them."""
+    if value_range != "auto":
+        low, high = value_range
+        share = float(((values < low) | (values > high)).mean())
+        if share > _CLIPPED:
+            _logger.warning(
+                "data.value_range: [%g, %g] clips %.1f %% of the pixels of %s, which lie from %g to %g",
+                *(low, high, 100 * share, name, values.min(), values.max()),
+            )
+        return value_range
+    low, high = (float(bound) for bound in np.percentile(values, _PERCENTILES))
+    if low == high:
+        low, high = float(values.min()), float(values.max())
+    if low == high:
+        raise InputError(f"data.dataset: all pixels of {name} have the value {low:g}: there is nothing to learn")
+    positive = sorted(top for top in tops if top[0] > 0)
+    for k in range(1, len(positive)):
+        (dark, first), (bright, second) = positive[k - 1], positive[k]
+        if bright > _GAP * dark and min(k, len(positive) - k) >= max(2, 0.05 * len(positive)):
+            _logger.warning(
+                "data.value_range: %s seems to have two ranges of values, up to %g (%s) and from %g (%s) on; one, "
+                "[%g, %g], is taken for both",
+                *(name, dark, first, bright, second, low, high),
+            )
+    return low, high
+
+
+def sample_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns the rows that a kind is measured on, the same in every run."""
+    return np.sort(rows[keyed_permutation(len(rows), "pixel kind")[:_SAMPLE]])
+
+
+def preprocessing_of(arguments: DataArguments, kind: PixelKind, num_channels: int) -> Preprocessing:
+    """Returns what the arguments and a kind of pixels make of images; without a mean, one of zeros."""
+    mean = arguments.mean or [0.0] * num_channels
+    std = arguments.std or [1.0] * num_channels
+    if len(mean) != num_channels:
+        raise InputError(f"data.mean, data.std: {len(mean)} numbers for images of {num_channels} channels")
+    return Preprocessing(
+        image_size=arguments.image_size,
+        num_channels=num_channels,
+        crop_pct=arguments.crop_pct,
+        interpolation=arguments.interpolation,
+        eight_bit=kind.eight_bit,
+        value_range=kind.value_range,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def kept_dtype(preprocessing: Preprocessing, kind: PixelKind) -> str:
+    """Returns the type in which a set's pixels are stored."""
+    if preprocessing.eight_bit and preprocessing.value_range != "dtype":
+        return "uint8"
+    return "float32" if kind.dtype == "uint8" else kind.dtype
+
+
+def default_bound(image_size: int, views: Sequence[ViewSpec] = (ViewSpec(),)) -> int:
+    """Returns the shorter side from which the median crop of every view has as many pixels as the view."""
+    sides = [(spec.size or image_size) / math.sqrt(sum(spec.crop_scale) / 2) for spec in views]
+    return max(image_size, math.ceil(max(sides)))
+
+
+def wanted_range(arguments: DataArguments) -> Any:
+    """Returns the range of values that the arguments ask for."""
+    wanted = arguments.value_range
+    return wanted if isinstance(wanted, str) else (float(wanted[0]), float(wanted[1]))

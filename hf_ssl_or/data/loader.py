@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
-_DEVICE_BYTES = 4 * 2**30  # sets up to this size move to the GPU's memory
-
 
 class ViewLoader:
-    """Gives each step's views to one process of a run.
+    """Yields each step's views to one process of a run.
 
     An epoch takes the images in an order keyed by (seed, epoch), see `data.order`, in global batches; an incomplete
     last one is dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches
@@ -60,7 +58,7 @@ class ViewLoader:
     ) -> None:
         _check(len(images), images.name, len(views), batch_size, world_size)
         self.device = torch.device(device)
-        self.images = images.to(self.device) if images.nbytes <= _DEVICE_BYTES else images
+        self.images = images
         self.views, self.local_views = tuple(views), tuple(local_views)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -81,40 +79,36 @@ class ViewLoader:
             yield batch
 
     def indices(self, step: int) -> np.ndarray:
-        """Gives the indices of this process's images at a global step."""
+        """Returns the indices of this process's images at a global step."""
         size = self.batch_size // self.world_size
         return self._order.indices(step, self.rank * size, size)
 
     def _render(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         steps = range(start_step, stop_step)
-        pixels = self.images.stream((self.indices(step) for step in steps), self.device)
-        for step, images_BCHW in zip(steps, pixels, strict=True):
-            yield self._batch(step, images_BCHW)
+        for step, rendered in zip(steps, self.images.views(map(self._plan, steps), self.device), strict=True):
+            yield self._batch(step, *rendered)
 
-    def _batch(self, step: int, images_BCHW: Tensor) -> MultiViewBatch:
-        index_B, labels = self.indices(step), self.images.labels
-        local = self._views(self.local_views, len(self.views), step, images_BCHW) if self.local_views else None
-        index = torch.from_numpy(index_B.astype(np.int64))
+    def _plan(self, step: int) -> ViewPlan:
+        groups = [(self.views, 0)] + ([(self.local_views, len(self.views))] if self.local_views else [])
+        epoch, size = step // self.steps_per_epoch, self.images.image_size
+        return ViewPlan(
+            self.indices(step),
+            tuple(
+                ViewGroup(specs=specs, size=size, seed=self.seed, epoch=epoch, first_view=first)
+                for specs, first in groups
+            ),
+        )
+
+    def _batch(self, step: int, views: list[Tensor], index_B: np.ndarray) -> MultiViewBatch:
+        labels, index = self.images.labels, torch.from_numpy(index_B.astype(np.int64))
         return MultiViewBatch(
-            views_VBCHW=self._views(self.views, 0, step, images_BCHW),
+            views_VBCHW=views[0],
             index_B=_to_device(index, self.device),
             labels_B=None if labels is None else _to_device(labels[index], self.device),
-            local_views_VBCHW=local,
+            local_views_VBCHW=views[1] if self.local_views else None,
             seed=self.seed,
             step=step,
         )
-
-    def _views(self, specs: Sequence[ViewSpec], first_view: int, step: int, images_BCHW: Tensor) -> Tensor:
-        parameters = draw_parameters(
-            specs,
-            seed=self.seed,
-            epoch=step // self.steps_per_epoch,
-            index_B=self.indices(step),
-            source_size=images_BCHW.shape[-1],
-            image_size=self.images.image_size,
-            first_view=first_view,
-        )
-        return render_views(images_BCHW, parameters, self.images.mean, self.images.std)
 
     def _render_ahead(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         """Renders step k + 1 on a side stream before step k is handed out."""

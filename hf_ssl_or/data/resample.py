@@ -19,7 +19,7 @@ def crop_matrix(
     """Weights that take [start, start + length) of a line of pixels, resize it, and flip it if asked.
 
     Args:
-        start_N: First pixel of each crop (whole numbers in float).
+        start_N: Where each crop begins, in pixels; not a whole number where images are stored smaller than they were.
         length_N: Pixels of each crop.
         size: Pixels of the result.
         source_size: Pixels of the source.
@@ -37,7 +37,8 @@ def crop_matrix(
     slope_N11 = scale_N11.clamp(min=1).reciprocal_()
     weight = (pixel_11S * slope_N11) - (start_N11 + out_1S1 * scale_N11) * slope_N11
     weight.abs_().neg_().add_(1).clamp_(min=0)
-    weight.mul_((pixel_11S > start_N11) & (pixel_11S < start_N11 + length_N11))
+    # Every pixel that the crop touches, so that a crop inside of one pixel has one; of whole pixels just its own.
+    weight.mul_((pixel_11S > start_N11.floor()) & (pixel_11S < (start_N11 + length_N11).ceil()))
     return weight.div_(weight.sum(-1, keepdim=True))
 
 

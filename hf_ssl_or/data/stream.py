@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +18,29 @@ import torch
 from torch import Tensor
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.decode import Statistics, Tally, decode, note_unreadable, stored_side, too_many_unreadable
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.augmentation_sampling import ViewPlan
+from hf_ssl_or.data.decode import (
+    DecodeJob,
+    PixelKind,
+    Statistics,
+    Tally,
+    decode,
+    default_bound,
+    kept_dtype,
+    measure_kind,
+    note_unreadable,
+    preprocessing_of,
+    too_many_unreadable,
+    wanted_range,
+)
+from hf_ssl_or.data.image_dataset import ImageSet, Storage, crop_file, empty_crops
 from hf_ssl_or.data.order import WindowOrder
+from hf_ssl_or.data.pixel_store import decode_to_memory
 from hf_ssl_or.data.shards import DamagedBlock, OpenBlock, Shards, index_shards, write_json
 from hf_ssl_or.data.sources import list_shards
 from hf_ssl_or.distributed import world_size
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import keyed_permutation
 
 _CONNECTIONS = 8  # blocks that are read at a time
@@ -30,8 +48,10 @@ _ROWS_AHEAD = 2**18  # places of the order that are looked at ahead, at most
 _BATCHES_AHEAD = 3  # batches that are decoded at a time
 _TASK = 16  # images that a thread decodes at a time
 _SAMPLE, _SAMPLE_BLOCKS = 4096, 32  # images that the statistics are measured on; blocks that a sample spreads over
+_KIND_SAMPLE = 256  # images that the range of values is measured on
 
 Reader = OpenBlock | DamagedBlock
+Fill = Callable[[int, Reader, int], str | None]
 
 
 class BlockBuffer:
@@ -101,9 +121,42 @@ class BlockBuffer:
             self._next = None
 
 
+class ShardRows:
+    """Images of shards by number, for a sample of them: a block is opened when one of its images is wanted.
+
+    Args:
+        shards: The blocks.
+        open_blocks: How many are held.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+
+    def __init__(self, shards: Shards, open_blocks: int) -> None:
+        self.name, self.fingerprint, self._shards = shards.name, shards.fingerprint, shards
+        self._open = lru_cache(maxsize=open_blocks)(shards.open)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def read(self, i: int) -> Any:
+        """Opens image i without decoding it."""
+        reader, place = self._at(i)
+        return reader.read(place)
+
+    def describe(self, i: int) -> str:
+        """Says where image i is."""
+        reader, place = self._at(i)
+        return reader.describe(place)
+
+    def _at(self, i: int) -> tuple[Reader, int]:
+        block = int(self._shards.block_of(np.array(i)))
+        return self._open(block), i - int(self._shards.first_K[block])
+
+
 @dataclass(kw_only=True)
-class ShardedImageSet(ImageSet):
-    """A set of shards, decoded by threads as they arrive; `images` is empty, (0, 3, S, S), and there are no labels.
+class StreamingImageSet(ImageSet):
+    """A set of shards, decoded by threads as they arrive; there are no labels.
 
     An image that cannot be read is replaced by the next one of its block, or of the next block that is sound.
 
@@ -116,16 +169,17 @@ class ShardedImageSet(ImageSet):
     shards: Shards
     arguments: DataArguments
     peak_bytes: int = 0
-    _failures: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._substitute = lru_cache(maxsize=2)(self.shards.open)
 
-    def __len__(self) -> int:
-        return len(self.shards)
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the shards do."""
+        return self.shards.fingerprint
 
     def order(self, batch_size: int, seed: int) -> WindowOrder:
-        """Gives the order in which a run takes the images."""
+        """Returns the order in which a run takes the images."""
         return WindowOrder(
             self.shards.rows_K,
             self.shards.nbytes_K,
@@ -135,53 +189,99 @@ class ShardedImageSet(ImageSet):
             seed=seed,
         )
 
-    def batch(self, index_B: Tensor | np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-        """Decodes images, block after block: few blocks are held, however many the images are in."""
-        rows = torch.as_tensor(index_B).cpu().numpy()
-        order = np.argsort(rows, kind="stable")
-        borders = np.flatnonzero(np.diff(self.shards.block_of(rows[order]))) + 1
-        images_BCHW = torch.cat(list(self.stream(np.split(rows[order], borders))))
-        return images_BCHW[torch.from_numpy(np.argsort(order))].to(device)
-
     def subset(self, indices: Tensor | np.ndarray) -> ImageSet:
-        """Gives a set of some of the images, decoded into memory; of many at random it reads as many blocks."""
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageSet)}
-        return ImageSet(**known | {"images": self.batch(indices)})
+        """Returns a set of some of the images, those that can be read, decoded into memory."""
+        workers = self.job.workers
+        job = dataclasses.replace(
+            self.job,
+            source=ShardRows(self.shards, workers + 2),
+            rows=torch.as_tensor(indices).cpu().numpy(),
+            bound=default_bound(self.image_size),
+            max_corrupt=max(self.job.max_corrupt, 0.5),  # a few damaged images are more of a sample than of the set
+        )
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageSet) if field.init}
+        storage = Storage("memory")
+        images = ImageSet(
+            **known | {"job": job, "whole_storage": storage, "square_storage": storage, "_on_device": {}}
+        )
+        images.squares, tally = decode_to_memory(images.square_job)
+        rows = np.delete(job.rows, [int(place) for place in tally.unreadable])
+        images.job = dataclasses.replace(job, rows=rows)
+        return images
 
     def sample(self, size: int, *key: int | str) -> ImageSet:
-        """Gives a set of at most `size` images from some blocks at random, at least 32 if there are as many."""
-        blocks, rows = keyed_permutation(len(self.shards.rows_K), *key), np.empty(0, dtype=np.int64)
-        each = -(-size // min(len(blocks), _SAMPLE_BLOCKS))
-        for block in blocks:
-            if len(rows) >= size:
-                break
-            own = keyed_permutation(int(self.shards.rows_K[block]), *key, int(block))[:each]
-            rows = np.concatenate([rows, self.shards.first_K[block] + own])
-        return self.subset(np.sort(rows[:size]))
+        """Returns a set of at most `size` images from some blocks at random, at least 32 if there are as many."""
+        return self.subset(sample_of_blocks(self.shards, size, *key))
 
-    def to(self, device: torch.device | str) -> ImageSet:
-        """Gives the set itself: it has no pixels to move."""
-        return self
+    def square_batches(self, indices: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """Yields batches of squares (B, S, S, C), decoded ahead of time."""
+        job, side, pinned = self.square_job, self.image_size, torch.device(device).type == "cuda"
 
-    def stream(self, indices: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """Decodes one batch after the other, ahead of time."""
+        def begin(index_B: np.ndarray) -> tuple[Tensor, Fill]:
+            shape = (len(index_B), side, side, job.preprocessing.num_channels)
+            out = torch.empty(shape, dtype=getattr(torch, job.dtype), pin_memory=pinned)
+
+            def fill(b: int, reader: Reader, place: int) -> str | None:
+                image = decode(reader, place, job)
+                if isinstance(image, str):
+                    return image
+                out.numpy()[b] = image.pixels
+                return None
+
+            return out, fill
+
+        for squares_BHWC in self._decode(indices, lambda index_B: index_B, begin):
+            yield squares_BHWC.to(device, non_blocking=True)
+
+    def _crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        def begin(plan: ViewPlan) -> tuple[tuple[list[Tensor], np.ndarray], Fill]:
+            outs = empty_crops(plan, self.job, device)
+
+            def fill(b: int, reader: Reader, place: int) -> str | None:
+                one = ViewPlan(plan.index_B[b : b + 1], plan.groups)
+                crops = crop_file(place, reader, self.job, one)
+                if isinstance(crops, str):
+                    return crops
+                for out, crop in zip(outs, crops, strict=True):
+                    out.numpy()[:, b] = crop[:, 0]
+                return None
+
+            return (outs, plan.index_B), fill
+
+        yield from self._decode(plans, lambda plan: plan.index_B, begin)
+
+    def _decode(
+        self, items: Iterable[Any], index_of: Callable[[Any], np.ndarray], begin: Callable[[Any], tuple[Any, Fill]]
+    ) -> Iterator[Any]:
+        """Decodes one batch after the other, ahead of time.
+
+        Args:
+            items: What each batch wants.
+            index_of: Returns the rows that it wants it of.
+            begin: Returns the batch's result, and what decodes an image into a place of it or says why it cannot.
+        """
         lanes = self.arguments.stream_lanes
-        buffer = BlockBuffer(self.shards, indices, 2 * self._window_bytes // min(world_size(), lanes))
+        items, ahead = itertools.tee(items)
+        budget = 2 * self._window_bytes // min(world_size(), lanes)
+        buffer = BlockBuffer(self.shards, (index_of(item) for item in ahead), budget)
         pool = ThreadPoolExecutor(self.arguments.workers())
-        pinned = torch.device(device).type == "cuda"
-        pending: deque[tuple[Iterable[int], Tensor, list[Future[dict[int, str]]]]] = deque()
+        pending: deque[tuple[Iterable[int], Any, list[Future[dict[int, str]]]]] = deque()
         try:
             while True:
                 while len(pending) < _BATCHES_AHEAD and (taken := buffer.take()) is not None:
-                    pending.append(self._start(pool, *taken, pinned))
+                    index_B, readers = taken
+                    result, fill = begin(next(items))
+                    starts = range(0, len(index_B), _TASK)
+                    tasks = [pool.submit(self._fill_some, fill, index_B, start, readers) for start in starts]
+                    pending.append((list(readers), result, tasks))
                 if not pending:
                     return
-                blocks, images_BCHW, tasks = pending.popleft()
+                blocks, result, tasks = pending.popleft()
                 for task in tasks:
                     self._note(task.result())
                 buffer.release(blocks)
                 self.peak_bytes = max(self.peak_bytes, buffer.peak)
-                yield images_BCHW.to(device, non_blocking=True)
+                yield result
         finally:
             buffer.close()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -190,27 +290,18 @@ class ShardedImageSet(ImageSet):
     def _window_bytes(self) -> int:
         return self.arguments.stream_window_mib * 2**20
 
-    def _start(
-        self, pool: ThreadPoolExecutor, index_B: np.ndarray, readers: dict[int, Future[Reader]], pinned: bool
-    ) -> tuple[Iterable[int], Tensor, list[Future[dict[int, str]]]]:
-        """Begins to decode a batch: gives its blocks, the tensor that is being filled, and the tasks that fill it."""
-        shape = (len(index_B), *self.images.shape[1:])
-        images_BCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        out = images_BCHW.numpy()
-        tasks = [
-            pool.submit(self._decode, index_B[start : start + _TASK], out[start : start + _TASK], readers)
-            for start in range(0, len(index_B), _TASK)
-        ]
-        return list(readers), images_BCHW, tasks
-
-    def _decode(self, rows: np.ndarray, out: np.ndarray, readers: dict[int, Future[Reader]]) -> dict[int, str]:
-        """Decodes rows into `out`; gives those that could not be read."""
+    def _fill_some(
+        self, fill: Fill, index_B: np.ndarray, start: int, readers: dict[int, Future[Reader]]
+    ) -> dict[int, str]:
+        """Decodes some rows of a batch; returns those that could not be read."""
         failures: dict[int, str] = {}
-        for k, row in enumerate(rows.tolist()):
-            out[k] = self._image(row, readers, failures)
+        for b in range(start, min(start + _TASK, len(index_B))):
+            self._fill_one(fill, b, int(index_B[b]), readers, failures)
         return failures
 
-    def _image(self, row: int, readers: dict[int, Future[Reader]], failures: dict[int, str]) -> np.ndarray:
+    def _fill_one(
+        self, fill: Fill, b: int, row: int, readers: dict[int, Future[Reader]], failures: dict[int, str]
+    ) -> None:
         """Decodes a row, or the next one that can be read."""
         shards = self.shards
         home = int(shards.block_of(np.array(row)))
@@ -220,24 +311,39 @@ class ShardedImageSet(ImageSet):
             rows = int(shards.rows_K[block])
             for k in range(1 if isinstance(reader, DamagedBlock) else rows):
                 i = (place + k) % rows
-                image = decode(reader, i, self.source_size)
-                if isinstance(image, np.ndarray):
-                    return image
-                failures[int(shards.first_K[block]) + i] = image
+                failure = fill(b, reader, i)
+                if failure is None:
+                    return
+                failures[int(shards.first_K[block]) + i] = failure
         raise too_many_unreadable(self.name, len(self), self.arguments.max_corrupt, list(failures.values()))
 
     def _note(self, failures: dict[int, str]) -> None:
         note_unreadable(self._failures, failures, self.name, len(self), self.arguments.max_corrupt)
 
 
-def load_stream(arguments: DataArguments, split: str, *, name: str, statistics: Statistics | None = None) -> ImageSet:
+def sample_of_blocks(shards: Shards, size: int, *key: int | str) -> np.ndarray:
+    """Returns at most `size` rows from some blocks at random, in order: of many at random it would read as many."""
+    blocks, rows = keyed_permutation(len(shards.rows_K), *key), np.empty(0, dtype=np.int64)
+    each = -(-size // min(len(blocks), _SAMPLE_BLOCKS))
+    for block in blocks:
+        if len(rows) >= size:
+            break
+        own = keyed_permutation(int(shards.rows_K[block]), *key, int(block))[:each]
+        rows = np.concatenate([rows, shards.first_K[block] + own])
+    return np.sort(rows[:size])
+
+
+def load_stream(
+    arguments: DataArguments, split: str, *, name: str, num_channels: int = 3, like: Preprocessing | None = None
+) -> ImageSet:
     """Indexes the shards of the training split; images are read when they are wanted.
 
     Args:
         arguments: Settings of the data.
         split: Name of the split.
         name: What results call the set.
-        statistics: Mean and standard deviation; None measures them on a sample, once for all runs.
+        num_channels: Channels that the encoder takes.
+        like: How pixels are treated; None measures it on a sample, once for all runs.
 
     Raises:
         InputError: The split is another, or its shards are not there or not readable.
@@ -245,55 +351,61 @@ def load_stream(arguments: DataArguments, split: str, *, name: str, statistics: 
     if split != arguments.train_split:
         raise InputError(
             f"data.streaming: only {arguments.train_split!r} is streamed, not {split!r}, and no labels are read; to "
-            "judge, name a set that is not streamed: evaluation_data.dataset, or data.streaming=false to evaluate"
+            "evaluate, name a set that is not streamed: evaluation_data.dataset, or data.streaming=false to evaluate"
         )
     shards = index_shards(list_shards(arguments, split), arguments, name)
-    side, statistics = _measure(shards, arguments, statistics)
-    return _image_set(shards, arguments, side, statistics)
+    kind, statistics = _measure(shards, arguments, num_channels)
+    preprocessing = like or preprocessing_of(arguments, kind, num_channels)
+    if like is None and statistics is not None:
+        preprocessing = dataclasses.replace(preprocessing, mean=statistics[0], std=statistics[1])
+    return _image_set(shards, arguments, preprocessing, kind)
 
 
-def _image_set(shards: Shards, arguments: DataArguments, side: int, statistics: Statistics) -> ShardedImageSet:
-    return ShardedImageSet(
-        images=torch.empty(0, 3, side, side, dtype=torch.uint8),
+def _image_set(
+    shards: Shards, arguments: DataArguments, preprocessing: Preprocessing, kind: PixelKind
+) -> StreamingImageSet:
+    job = DecodeJob(
+        source=ShardRows(shards, 1),
+        rows=np.arange(len(shards)),
+        preprocessing=preprocessing,
+        dtype=kept_dtype(preprocessing, kind),
+        workers=arguments.workers(),
+        max_corrupt=arguments.max_corrupt,
+    )
+    nowhere = Storage("on_the_fly")
+    return StreamingImageSet(
+        job=job,
         labels=None,
         class_names=None,
-        mean=statistics[0],
-        std=statistics[1],
+        preprocessing=preprocessing,
         name=shards.name,
-        fingerprint=shards.fingerprint,
-        image_size=arguments.image_size,
+        whole_storage=nowhere,
+        square_storage=nowhere,
         shards=shards,
         arguments=arguments,
     )
 
 
-def _measure(shards: Shards, arguments: DataArguments, statistics: Statistics | None) -> tuple[int, Statistics]:
-    """Finds side and statistics of the images: as given, else as an earlier run measured them, else on a sample."""
-    path = (
-        arguments.cache_folder()
-        / "shards"
-        / f"{shards.fingerprint}-{arguments.image_size}-{arguments.cache_size}.json"
-    )
+def _measure(shards: Shards, arguments: DataArguments, num_channels: int) -> tuple[PixelKind, Statistics | None]:
+    """Finds kind and statistics of the pixels: as an earlier run measured them, else on a sample."""
+    asked = f"{num_channels}-{arguments.image_size}-{arguments.value_range}-{arguments.crop_pct}"
+    digest = hashlib.blake2b(f"{shards.fingerprint}/{asked}/{arguments.mean is None}".encode(), digest_size=12)
+    path = arguments.cache_folder() / "shards" / f"{digest.hexdigest()}.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    found = dict(known)
-    if "side" not in found:
-        found["side"] = arguments.cache_size or _natural_side(shards, arguments.image_size)
-    side = int(found["side"])
-    if statistics is None and "mean" not in found:
-        sample = _image_set(shards, arguments, side, ((0.0,) * 3, (1.0,) * 3)).sample(_SAMPLE, "statistics")
-        tally = Tally()
-        tally.add(sample.images.numpy())
-        found["mean"], found["std"] = tally.statistics()
-    if found != known:
-        write_json(path, json.dumps(found))
-    return side, statistics or (tuple(found["mean"]), tuple(found["std"]))
-
-
-def _natural_side(shards: Shards, image_size: int) -> int:
-    for block in keyed_permutation(len(shards.rows_K), "side"):
-        if isinstance(reader := shards.open(int(block)), OpenBlock):
-            return stored_side(reader, np.arange(reader.rows), image_size)
-    return image_size
+        return PixelKind.from_dict(known["kind"]), known["statistics"]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # none yet, or a damaged one
+    rows = ShardRows(shards, arguments.workers() + 2)
+    few = sample_of_blocks(shards, _KIND_SAMPLE, "pixel kind")
+    kind = measure_kind(((rows, int(row)) for row in few), wanted_range(arguments), num_channels, shards.name)
+    statistics = None
+    if arguments.mean is None:
+        plain = preprocessing_of(arguments, kind, num_channels)
+        sample = _image_set(shards, arguments, plain, kind).sample(_SAMPLE, "statistics")
+        tally, squares = Tally(), sample.load_squares()
+        assert squares is not None
+        tally.add([squares[i] for i in range(len(squares))], plain)
+        statistics = tally.statistics(plain)
+    write_json(path, json.dumps({"kind": dataclasses.asdict(kind), "statistics": statistics}))
+    return kind, statistics

@@ -11,6 +11,7 @@ Weights come from the disk, from the cache, or from the Hub if it can be reached
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.features import evaluating
 from hf_ssl_or.models.auto import (
@@ -35,6 +37,8 @@ from hf_ssl_or.models.auto import (
     shard_names,
     split_revision,
 )
+from hf_ssl_or.models.image_conversion import Preprocessing
+from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
 from hf_ssl_or.randomness import hashed_seed
@@ -54,11 +58,26 @@ class Processing:
         image_size: Side in pixels.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
+        num_channels: Channels of an image.
+        crop_pct: Share of the resized shorter side that the center crop keeps.
+        interpolation: Filter of the resize.
+        exact: All of it, where the encoder was trained by this package: the range of pixel values included.
     """
 
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    num_channels: int = 3
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    exact: Preprocessing | None = None
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing, *, exact: bool) -> Processing:
+        """Takes over what an image processor does; all of it where `exact`."""
+        names = ("image_size", "mean", "std", "num_channels", "crop_pct", "interpolation")
+        known = {name: getattr(preprocessing, name) for name in names}
+        return cls(**known, exact=preprocessing if exact else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +89,29 @@ class FrozenEncoder:
         model: Its output has `pooler_output` (B, F).
         pooling: Where the features come from: "pooler output", "class token" or "mean".
         image_size: Side of the images that it gets, in pixels.
-        mean: Mean of each channel that it expects, of values in [0, 1]; None takes the data set's.
-        std: Standard deviation of each channel, likewise.
+        processing: What it wants its images to be.
     """
 
     name: str
     model: nn.Module
     pooling: str
     image_size: int
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    processing: Processing
+
+    def prepare(self, data: DataArguments) -> tuple[DataArguments, Preprocessing | None]:
+        """Returns settings of the data that suit the encoder, and what becomes of pixels where that is known."""
+        own = self.processing
+        if own.exact is not None:
+            return data, dataclasses.replace(own.exact, image_size=self.image_size)
+        wanted: dict[str, Any] = {"image_size": self.image_size, "crop_pct": own.crop_pct}
+        wanted |= {"interpolation": own.interpolation}
+        if own.mean is not None and own.std is not None:
+            wanted |= {"mean": list(own.mean), "std": list(own.std)}
+        return dataclasses.replace(data, **{name: value for name, value in wanted.items() if value is not None}), None
 
     def key(self) -> str:
         """Hash of what its features depend on: the weights, the sizes, the pooling."""
-        digest = hashlib.sha256(f"{self.pooling}/{self.image_size}/{self.mean}/{self.std}".encode())
+        digest = hashlib.sha256(f"{self.pooling}/{self.image_size}/{self.processing}".encode())
         digest.update(type(self.model).__name__.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
@@ -97,8 +125,8 @@ class FrozenEncoder:
             "weights": self.key(),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "image_size": self.image_size,
-            "mean": self.mean,
-            "std": self.std,
+            "mean": self.processing.mean,
+            "std": self.processing.std,
             "features": self.pooling,
         }
 
@@ -124,12 +152,12 @@ def load_encoder(name: str, *, image_size: int = _DEFAULT_SIZE) -> FrozenEncoder
         else:
             model, pooling, own = _transformers(source, wanted)
         size = wanted or own.image_size or image_size
-        _try_out(model, size)
+        _try_out(model, size, own.num_channels)
     except InputError:
         raise
     except Exception as error:  # three libraries and any architecture: what they raise cannot be listed
         raise InputError(f"{name}: cannot be loaded as an encoder: {_reason(error)}") from error
-    return FrozenEncoder(name=name, model=model.eval(), pooling=pooling, image_size=size, mean=own.mean, std=own.std)
+    return FrozenEncoder(name=name, model=model.eval(), pooling=pooling, image_size=size, processing=own)
 
 
 def _split_size(name: str) -> tuple[str, int | None]:
@@ -148,9 +176,9 @@ def _reason(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _try_out(model: nn.Module, size: int) -> None:
+def _try_out(model: nn.Module, size: int, channels: int) -> None:
     with evaluating(model):
-        features_BF = model(torch.zeros(1, 3, size, size)).pooler_output
+        features_BF = model(torch.zeros(1, channels, size, size)).pooler_output
     if features_BF.ndim != 2:
         raise InputError(f"its features have the shape {tuple(features_BF.shape)}, not (images, F)")
 
@@ -191,7 +219,14 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
     own = timm.data.resolve_model_data_config(net)
     if not pretrained:
         return TimmEncoder(net), "pooler output", Processing(image_size=own["input_size"][-1])
-    processing = Processing(image_size=own["input_size"][-1], mean=tuple(own["mean"]), std=tuple(own["std"]))
+    processing = Processing(
+        image_size=own["input_size"][-1],
+        mean=tuple(own["mean"]),
+        std=tuple(own["std"]),
+        num_channels=own["input_size"][0],
+        crop_pct=own["crop_pct"],
+        interpolation=own["interpolation"],
+    )
     return TimmEncoder(net), "pooler output", processing
 
 
@@ -253,7 +288,7 @@ def _with_features(net: Any, size: int, missing: Iterable[str] = ()) -> tuple[nn
         return net, "pooler output"
     net = getattr(net, "vision_model", net)  # the half of CLIP and its like that sees images
     with evaluating(net):
-        output = net(pixel_values=torch.zeros(1, 3, size, size))
+        output = net(pixel_values=torch.zeros(1, getattr(net.config, "num_channels", 3), size, size))
     if output.get("pooler_output") is not None and not any("pooler" in key for key in missing):
         pooling = "pooler output"
     elif any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in net.named_parameters()):
@@ -289,13 +324,9 @@ def _check_download(source: str) -> None:
 
 
 def _processing(source: str) -> Processing:
-    """Reads what the image processor says: the side after the crop, mean and standard deviation."""
-    settings = AutoImageProcessor.from_pretrained(source).to_dict()
-    size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings["size"]
-    side = int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
-    if not settings.get("do_normalize", True):
-        return Processing(image_size=side, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return Processing(image_size=side, mean=tuple(settings["image_mean"]), std=tuple(settings["image_std"]))
+    """Reads what the image processor does."""
+    processor = AutoImageProcessor.from_pretrained(source)
+    return Processing.of(preprocessing_of(processor), exact=isinstance(processor, SSLImageProcessor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import gather_batch, rank, world_size
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.randomness import hashed_seed
@@ -27,9 +27,6 @@ def extract_features(
     encoder: nn.Module,
     images: ImageSet,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int | None = None,
     batch_size: int = 512,
     device: torch.device | str,
     views: Sequence[ViewSpec] = (),
@@ -47,9 +44,6 @@ def extract_features(
     Args:
         encoder: Its output has `pooler_output` (B, F); on `device` already.
         images: The image set.
-        mean: Mean of each channel that the encoder was trained with, of values in [0, 1].
-        std: Standard deviation of each channel, likewise.
-        image_size: Side in pixels; None takes the images' own.
         batch_size: Images per forward pass of a process.
         device: Where to encode.
         views: How augmented views are drawn, taken in turn; needed when `num_views` is above 1.
@@ -68,27 +62,20 @@ def extract_features(
         raise InputError(f"{images.name}: no images to encode")
     if num_views > 1 and not views:
         raise InputError(f"num_views={num_views}: needs views that say how the augmented ones are drawn")
-    device, size = torch.device(device), image_size or images.image_size
+    device = torch.device(device)
     dtype = _AUTOCAST.get(mixed_precision)
     shares = _shares(len(images), batch_size)
     hidden = not progress or rank() > 0 or not sys.stderr.isatty()
     bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
     parts: list[Tensor] = []
     with bar, evaluating(encoder), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        batches = zip(shares, images.stream(shares, device), strict=True)
-        for index_B, images_BCHW in bar.track(batches, total=len(shares), description=f"encoding {images.name}"):
-            total_BF = encoder(clean_views(images_BCHW, size, mean, std)).pooler_output.float()
-            for view in range(num_views - 1):  # one view at a time bounds the memory
-                drawn = draw_parameters(
-                    [views[view % len(views)]],
-                    seed=hashed_seed("evaluation", seed),
-                    epoch=0,
-                    index_B=index_B,
-                    source_size=images.source_size,
-                    image_size=size,
-                    first_view=view,
-                )
-                total_BF = total_BF + encoder(render_views(images_BCHW, drawn, mean, std)[0]).pooler_output.float()
+        augmented = images.views(_plans(shares, views, num_views - 1, seed, images.image_size), device)
+        batches = images.clean(shares, device)
+        for x_BCHW in bar.track(batches, total=len(shares), description=f"encoding {images.name}"):
+            total_BF = encoder(x_BCHW).pooler_output.float()
+            for _ in range(num_views - 1):  # one view at a time bounds the memory
+                (views_1BCHW,), _ = next(augmented)
+                total_BF = total_BF + encoder(views_1BCHW[0]).pooler_output.float()
             parts.append(gather_batch(total_BF / num_views).cpu())
     features_NF = torch.cat(parts)[: len(images)]  # without what fills up the last share
     bad = int((~features_NF.isfinite()).any(1).sum())
@@ -99,13 +86,25 @@ def extract_features(
     return features_NF
 
 
+def _plans(
+    shares: Sequence[np.ndarray], views: Sequence[ViewSpec], count: int, seed: int, size: int
+) -> Iterator[ViewPlan]:
+    """Yields plans of one view each, share by share."""
+    for index_B in shares:
+        for view in range(count):
+            key = hashed_seed("evaluation", seed)
+            yield ViewPlan(
+                index_B, (ViewGroup(specs=(views[view % len(views)],), size=size, seed=key, epoch=0, first_view=view),)
+            )
+
+
 def pixel_features(images: ImageSet) -> Tensor:
-    """Gives raw pixels as features: what an encoder must beat.
+    """Returns raw pixels as features: what an encoder must beat.
 
     Returns:
-        (n, 3 * S * S) float32 in [0, 1] on the CPU.
+        (n, C * S * S) float32 in [0, 1] on the CPU.
     """
-    return images.batch(torch.arange(len(images)), torch.device("cpu")).flatten(1).float() / 255
+    return images.unit_squares(np.arange(len(images))).flatten(1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -34,13 +33,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import mean_over_ranks, use_global_batch_norm
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.base import Protocol, check_labelled, in_top
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
-from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from hf_ssl_or.models.image_conversion import Preprocessing
+from hf_ssl_or.models.image_processing_ssl import build_image_processor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.orthogonality import OrthogonalityCallback
 from hf_ssl_or.randomness import hashed_seed
@@ -124,9 +124,6 @@ def fine_tune(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    image_size: int | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     save_to: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -138,15 +135,12 @@ def fine_tune(
 
     Args:
         encoder: An encoder of this package, which stays as it is; or the folder or Hub id of one, whose image
-            processor then gives mean, std and size. A head that it has is not used.
+            processor then says what becomes of the images. A head that it has is not used.
         train: Labelled images to train on.
         test: Labelled images to judge on.
         arguments: Settings; None takes those of the protocol "fine-tune".
         seed: Key of the head's initial weights, the order and the augmentations.
         device: "cpu" keeps Trainer from the GPU that it would take.
-        mean: Mean of each channel that the encoder was trained with, of values in [0, 1]; None takes that of `train`.
-        std: Standard deviation of each channel, likewise.
-        image_size: Side in pixels that the model gets; None takes that of `train`.
         mixed_precision: Autocast of the model.
         save_to: Folder for the fine-tuned model with its image processor, ready for pipelines.
         progress: Shows Trainer's bar.
@@ -159,11 +153,9 @@ def fine_tune(
     """
     arguments = arguments or FineTuneArguments()
     names = _class_names(train, test)
-    mean, std, size = mean or train.mean, std or train.std, image_size or train.image_size
     if not isinstance(encoder, PreTrainedModel):
-        encoder, processor = _load(encoder)
-        mean, std, size = processor.image_mean, processor.image_std, processor.size["height"]
-    given: dict[str, Any] = {"seed": seed, "mean": mean, "std": std, "size": size}
+        encoder, preprocessing = _load(encoder)
+        train, test = train.with_preprocessing(preprocessing), test.with_preprocessing(preprocessing)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         how = _trainer_arguments(arguments, folder, len(train), seed, device, mixed_precision, progress)
         model: Any = _classifier(encoder, names, seed)
@@ -171,13 +163,13 @@ def fine_tune(
         if how.world_size > 1:
             use_global_batch_norm(model)
         groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
-        views = _Views(train, how.device, arguments.view, **given)
+        views = _Views(train, how.device, arguments.view, seed=seed)
         extra = [OrthogonalityCallback(arguments.orthogonality)] if arguments.orthogonality else []
         trainer = Trainer(
             model,
             how,
             train_dataset=views,
-            eval_dataset=_Views(test, how.device, None, **given),
+            eval_dataset=_Views(test, how.device, None, seed=seed),
             compute_metrics=_accuracies,
             optimizers=(torch.optim.AdamW(groups), None),
             callbacks=[_Epochs(views), *extra],
@@ -192,7 +184,7 @@ def fine_tune(
         metrics = trainer.evaluate()
     if save_to is not None and how.process_index == 0:
         model.save_pretrained(save_to)
-        build_image_processor(size, mean, std).save_pretrained(save_to)
+        build_image_processor(train.preprocessing).save_pretrained(save_to)
     return {"top1": metrics["eval_top1"], "top5": metrics["eval_top5"], "train_loss": loss}
 
 
@@ -228,39 +220,28 @@ def parameter_groups(
 class _Views(Dataset):
     """Images and labels of a split, rendered a batch at a time on the device; without a spec, clean."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        device: torch.device,
-        spec: ViewSpec | None,
-        *,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        size: int,
-    ) -> None:
-        self.images, self.device, self.spec, self.seed = images, device, spec, seed
-        self.mean, self.std, self.size, self.epoch = mean, std, size, 0
+    def __init__(self, images: ImageSet, device: torch.device, spec: ViewSpec | None, *, seed: int) -> None:
+        self.images, self.device, self.spec, self.seed, self.epoch = images, device, spec, seed, 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         assert self.images.labels is not None, "fine_tune has checked them"
-        images_BCHW, labels_B = self.images.batch(np.array(indices), self.device), self.images.labels[indices]
+        index_B = np.array(indices)
         if self.spec is None:
-            x_BCHW = clean_views(images_BCHW, self.size, self.mean, self.std)
+            (x_BCHW,) = self.images.clean([index_B], self.device)
         else:
-            drawn = draw_parameters(
-                [self.spec],
+            group = ViewGroup(
+                specs=(self.spec,),
+                size=self.images.image_size,
                 seed=hashed_seed("fine-tune", self.seed),
                 epoch=self.epoch,
-                index_B=np.array(indices),
-                source_size=self.images.source_size,
-                image_size=self.size,
             )
-            x_BCHW = render_views(images_BCHW, drawn, self.mean, self.std)[0]
-        return [{"pixel_values": x, "labels": y} for x, y in zip(x_BCHW, labels_B.to(self.device), strict=True)]
+            (((x_1BCHW,), index_B),) = self.images.views([ViewPlan(index_B, (group,))], self.device)
+            x_BCHW = x_1BCHW[0]
+        labels_B = self.images.labels[torch.from_numpy(index_B)].to(self.device)
+        return [{"pixel_values": x, "labels": y} for x, y in zip(x_BCHW, labels_B, strict=True)]
 
 
 class _Epochs(TrainerCallback):
@@ -283,11 +264,11 @@ def _class_names(train: ImageSet, test: ImageSet) -> list[str]:
     return named if len(named) >= classes else [str(k) for k in range(classes)]
 
 
-def _load(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, Any]:
-    """Loads an encoder, without the head that it may have, and its image processor."""
+def _load(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, Preprocessing]:
+    """Loads an encoder, without the head that it may have, and what its image processor does."""
     name = os.fspath(source)
     try:
-        return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        return AutoModel.from_pretrained(name), preprocessing_of(AutoImageProcessor.from_pretrained(name))
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank, world_size
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.features import evaluating
@@ -30,9 +30,6 @@ def hidden_covariances(
     encoder: nn.Module,
     images: ImageSet,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int | None = None,
     batch_size: int = 512,
     device: torch.device | str,
     flatten: bool = False,
@@ -48,9 +45,6 @@ def hidden_covariances(
     Args:
         encoder: Takes `output_hidden_states`, and its configuration has `stage_names`; on `device` already.
         images: The images, say a sample.
-        mean: Mean of each channel that the encoder was trained with, of values in [0, 1].
-        std: Standard deviation of each channel, likewise.
-        image_size: Side in pixels; None takes the images' own.
         batch_size: Images per forward pass of a process.
         device: Where to encode.
         flatten: Flattens each output instead, to at most 8192 dimensions.
@@ -62,12 +56,12 @@ def hidden_covariances(
     Raises:
         InputError: There are fewer images than processes, or a flattened output is too wide.
     """
-    size, device = image_size or images.image_size, torch.device(device)
+    device = torch.device(device)
     names = [f"hidden/{stage}" for stage in encoder.config.stage_names]  # type: ignore[union-attr]
     moments: dict[str, CovarianceAccumulator] = {}
     with _inference(encoder, device, mixed_precision):
-        for _, images_BCHW in _own_batches(images, batch_size, device):
-            output = encoder(clean_views(images_BCHW, size, mean, std), output_hidden_states=True)
+        for x_BCHW in images.clean(_own_batches(images, batch_size), device):
+            output = encoder(x_BCHW, output_hidden_states=True)
             for name, x in zip([*names, "representation"], [*output.hidden_states, output.pooler_output], strict=True):
                 x_BD = _flattened(x, name) if flatten else _pooled(x)
                 moments.setdefault(name, CovarianceAccumulator(x_BD.shape[1], device, name)).update(x_BD)
@@ -78,10 +72,11 @@ def input_spectrum(images: ImageSet) -> np.ndarray:
     """Normalised eigenvalues of the images' pixels; images above 32 x 32 pixels are averaged down to that.
 
     Returns:
-        float64 array (3 * S * S,), S at most 32.
+        float64 array (C * S * S,), S at most 32.
     """
-    side = min(images.source_size, _INPUT_SIDE)
-    parts = [F.adaptive_avg_pool2d(x_BCHW.float() / 255, side).flatten(1) for x_BCHW in _all_batches(images)]
+    side = min(images.image_size, _INPUT_SIDE)
+    batches = (np.arange(start, min(start + 512, len(images))) for start in range(0, len(images), 512))
+    parts = [F.adaptive_avg_pool2d(images.unit_squares(index_B), side).flatten(1) for index_B in batches]
     return normalised_eigenvalues(torch.cat(parts), "input")
 
 
@@ -91,9 +86,6 @@ def scatter_views(
     views: Sequence[ViewSpec],
     *,
     num_views: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int | None = None,
     batch_size: int = 512,
     device: torch.device | str,
     seed: int = 0,
@@ -109,9 +101,6 @@ def scatter_views(
         images: The images; LiDAR's paper takes 1000.
         views: How views are drawn, taken in turn.
         num_views: Views of each image; LiDAR's paper takes 50.
-        mean: Mean of each channel that the encoder was trained with, of values in [0, 1].
-        std: Standard deviation of each channel, likewise.
-        image_size: Side in pixels; None takes the images' own.
         batch_size: Views per forward pass of a process.
         device: Where to encode.
         seed: Key of the augmentations.
@@ -122,20 +111,18 @@ def scatter_views(
     """
     if not views:
         raise InputError(f"num_views={num_views}: needs views that say how they are drawn")
-    size, device = image_size or images.image_size, torch.device(device)
-    specs = [views[i % len(views)] for i in range(num_views)]
+    device = torch.device(device)
+    group = ViewGroup(
+        specs=tuple(views[i % len(views)] for i in range(num_views)),
+        size=images.image_size,
+        seed=hashed_seed("evaluation", seed),
+        epoch=0,
+    )
+    plans = (ViewPlan(index_B, (group,)) for index_B in _own_batches(images, max(1, batch_size // num_views)))
     scatter: ViewScatter | None = None
     with _inference(encoder, device, mixed_precision):
-        for index_B, images_BCHW in _own_batches(images, max(1, batch_size // num_views), device):
-            drawn = draw_parameters(
-                specs,
-                seed=hashed_seed("evaluation", seed),
-                epoch=0,
-                index_B=index_B,
-                source_size=images.source_size,
-                image_size=size,
-            )
-            z_MD = encoder(render_views(images_BCHW, drawn, mean, std).flatten(0, 1)).pooler_output.float()
+        for (views_VBCHW,), index_B in images.views(plans, device):
+            z_MD = encoder(views_VBCHW.flatten(0, 1)).pooler_output.float()
             scatter = scatter or ViewScatter(z_MD.shape[1], num_views, device)
             scatter.update(z_MD.unflatten(0, (num_views, len(index_B))).transpose(0, 1))
     assert scatter is not None
@@ -149,18 +136,12 @@ def _inference(encoder: nn.Module, device: torch.device, mixed_precision: str) -
         yield
 
 
-def _own_batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Gives this process's share of the images in batches, with their indices; shares may differ by one image."""
+def _own_batches(images: ImageSet, batch_size: int) -> list[np.ndarray]:
+    """Returns the indices of this process's share of the images in batches; shares may differ by one image."""
     if len(images) < world_size():
         raise InputError(f"{images.name}: {len(images)} images for {world_size()} processes; each needs one")
     own = np.arange(rank(), len(images), world_size())
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    yield from zip(batches, images.stream(batches, device), strict=True)
-
-
-def _all_batches(images: ImageSet) -> Iterator[Tensor]:
-    batches = [np.arange(start, min(start + 512, len(images))) for start in range(0, len(images), 512)]
-    return images.stream(batches)
+    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,42 +11,77 @@ import numpy as np
 import torch
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.decode import Statistics
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.labels import choose_rows
+from hf_ssl_or.data.loading import load_images, public_name
 from hf_ssl_or.data.sources import list_splits, load_source
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import Preprocessing
 
+_HOLDOUT_SEED = 0
 _TEST_SPLITS = ("test", "validation", "valid", "val")
+_logger = logging.getLogger(__name__)
 
 
 def load_labelled(
-    data: DataArguments, *, statistics: Statistics | None = None, required: bool = True
+    data: DataArguments, *, num_channels: int = 3, like: Preprocessing | None = None, required: bool = True
 ) -> tuple[ImageSet, ImageSet] | None:
-    """Loads the labelled training and test images, or gives None where there are none.
+    """Loads the labelled training and test images, or returns None where there are none.
+
+    A labelled set without a test split is parted: probes are tested on a share of its training images, chosen class by
+    class by a seed, and fit on the others.
 
     Args:
         data: Names the data set and its splits; all training images are used, whatever its `fraction`.
-        statistics: Mean and standard deviation to take over, see `load_images`.
+        num_channels: Channels that the encoder takes.
+        like: How pixels are treated, say those of the training images; None measures it on the training images.
         required: Missing labels or a missing test split are an error.
 
     Raises:
         InputError: There is no such data set, or it is required and lacks a split or labels.
     """
     data = replace(data, fraction=1.0)
-    if not required and data.test_split not in list_splits(data):
-        return None
-    train = load_images(data, data.train_split, statistics=statistics)
+    if data.test_split not in list_splits(data):
+        return _held_out(data, num_channels, like, required)
+    train = load_images(data, data.train_split, num_channels=num_channels, like=like, squares=True)
     if train.labels is None and not required:
         return None
-    test = load_images(data, data.test_split, statistics=statistics)
-    if train.labels is None or test.labels is None:
-        split = data.train_split if train.labels is None else data.test_split
-        raise InputError(
-            f"{data.dataset}: split {split!r} has no labels, or not for every image, which kNN and probes need; "
-            "set data.label_column, or judge on another set"
-        )
+    test = load_images(data, data.test_split, like=train.preprocessing, squares=True)
+    for images, split in ((train, data.train_split), (test, data.test_split)):
+        if images.labels is None:
+            raise _unlabelled(data, split)
     return train, same_labels(train, test)
+
+
+def _held_out(
+    data: DataArguments, num_channels: int, like: Preprocessing | None, required: bool
+) -> tuple[ImageSet, ImageSet] | None:
+    """Parts the training images of a set without a test split."""
+    if not required and (data.streaming or data.dataset == "shapes"):  # shapes without test images want no evaluation
+        return None
+    labels = load_source(data, data.train_split).labels
+    if labels is None:
+        if required:
+            raise _unlabelled(data, data.train_split)
+        return None
+    test_rows = choose_rows(labels, len(labels), float(data.holdout), _HOLDOUT_SEED)
+    train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
+    if not len(train_rows):
+        return None
+    _logger.warning(
+        "%s has no split %r: probes are tested on %d of its %d training images, held out from their fit by a seed "
+        "(data.holdout=%g); pretraining sees them, without labels",
+        *(public_name(data.dataset), data.test_split, len(test_rows), len(labels), data.holdout),
+    )
+    train = load_images(data, data.train_split, num_channels=num_channels, like=like, squares=True, rows=train_rows)
+    return train, load_images(data, data.train_split, like=train.preprocessing, squares=True, rows=test_rows)
+
+
+def _unlabelled(data: DataArguments, split: str) -> InputError:
+    return InputError(
+        f"{data.dataset}: split {split!r} has no labels, or not for every image, which kNN and probes need; "
+        "set data.label_column, or evaluate on another set"
+    )
 
 
 def same_labels(train: ImageSet, test: ImageSet) -> ImageSet:
@@ -76,15 +112,3 @@ def find_test_split(data: DataArguments) -> DataArguments:
     splits = list_splits(data)
     known = [name for name in _TEST_SPLITS if name in splits]
     return data if data.test_split in splits or not known else replace(data, test_split=known[0])
-
-
-def natural_side(data: DataArguments) -> int:
-    """Gives the short side of the training images in pixels, the median of a sample."""
-    source, sides = load_source(data, data.train_split), []
-    for row in np.linspace(0, len(source) - 1, num=min(16, len(source)), dtype=np.int64):
-        try:
-            image = source.read(int(row))
-        except (OSError, ValueError):  # an unreadable image is counted, and named, when all are decoded
-            continue
-        sides.append(min(image.shape[:2]) if isinstance(image, np.ndarray) else min(image.size))
-    return int(np.median(sides)) if sides else data.image_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.features import extract_features
 
@@ -58,10 +56,7 @@ def write_samples(
     images: ImageSet,
     folder: Path,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device | str,
-    image_size: int | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     limit: int = 2000,
     queries: int = 8,
@@ -77,10 +72,7 @@ def write_samples(
         encoder: Its output has `pooler_output` (B, F); on `device` already.
         images: Images that the encoder was not trained on, where there are any.
         folder: Where to write.
-        mean: Mean of each channel that the encoder was trained with.
-        std: Standard deviation of each channel, likewise.
         device: Where to encode.
-        image_size: Side in pixels that the encoder gets; None takes that of the images.
         mixed_precision: Autocast of the encoder.
         limit: Images of the sample, at most.
         queries: Images whose neighbours are sought.
@@ -90,9 +82,6 @@ def write_samples(
     features_NF = extract_features(
         encoder,
         sample,
-        mean=mean,
-        std=std,
-        image_size=image_size,
         device=device,
         mixed_precision=mixed_precision,
         progress=False,
@@ -108,12 +97,19 @@ def write_samples(
     np.savez_compressed(folder / NEIGHBOURS_FILE, **_neighbour_rows(sample, features_NF, queries, k))
 
 
+def as_rgb(x_BCHW: Tensor) -> Tensor:
+    """Returns pictures that a person can look at: gray ones of one channel, else of the first three: (B, 3, H, W)."""
+    channels = x_BCHW.shape[1]
+    return x_BCHW[:, :3] if channels >= 3 else x_BCHW[:, :1].expand(-1, 3, -1, -1)
+
+
 def _neighbour_rows(sample: ImageSet, features_NF: Tensor, queries: int, k: int) -> dict[str, Any]:
     query_Q = torch.linspace(0, len(sample) - 1, min(queries, len(sample))).long()
     cosine_QK, index_QK = nearest_neighbours(features_NF, query_Q, min(k, len(sample) - 1))
     shown_QP = torch.cat([query_Q[:, None], index_QK], 1)
-    size = min(sample.image_size, _THUMBNAIL)
-    tiles = clean_views(sample.batch(shown_QP.flatten()), size, (0.0,) * 3, (1.0,) * 3)
+    tiles = as_rgb(sample.unit_squares(shown_QP.flatten().numpy()))
+    if sample.image_size > _THUMBNAIL:
+        tiles = F.interpolate(tiles, (_THUMBNAIL, _THUMBNAIL), mode="bilinear", antialias=True)
     rows: dict[str, Any] = {
         "images": (tiles * 255).round().clamp(0, 255).to(torch.uint8).unflatten(0, shown_QP.shape).numpy(),
         "distances": (1 - cosine_QK).clamp(min=0).numpy(),

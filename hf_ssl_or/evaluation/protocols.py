@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.base import NEEDS_LABELS, OnImages, Protocol
 from hf_ssl_or.evaluation.collapse import collapse_report
@@ -85,10 +85,7 @@ def evaluate_encoder(
     test: ImageSet,
     arguments: EvaluationArguments,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device | str,
-    image_size: int | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -101,10 +98,7 @@ def evaluate_encoder(
         train: Labelled images that judges learn from.
         test: Labelled images that are judged.
         arguments: Protocols, seeds and sizes.
-        mean: Mean of each channel that the encoder was trained with, of values in [0, 1].
-        std: Standard deviation of each channel, likewise.
         device: Where to encode and to train probes.
-        image_size: Side in pixels that the encoder gets; None takes that of the images.
         mixed_precision: Autocast of the encoder.
         progress: Shows bars on the first process.
 
@@ -121,10 +115,7 @@ def evaluate_encoder(
         train,
         test,
         arguments,
-        mean=mean,
-        std=std,
         device=device,
-        image_size=image_size,
         mixed_precision=mixed_precision,
         progress=progress,
     )

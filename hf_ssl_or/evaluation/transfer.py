@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.base import Protocol
 from hf_ssl_or.evaluation.encoders import FrozenEncoder, load_encoder
-from hf_ssl_or.evaluation.labelled import find_dataset, find_test_split, load_labelled, natural_side
+from hf_ssl_or.evaluation.labelled import find_dataset, find_test_split, load_labelled
 from hf_ssl_or.evaluation.protocols import EvaluationArguments, Judge, get_protocol
 from hf_ssl_or.evaluation.store import Store
 
@@ -35,8 +35,8 @@ def evaluate_transfer(
 ) -> dict[str, Any]:
     """Judges every encoder on every data set. What an earlier, interrupted call finished is not computed again.
 
-    Images are cut to their central square and resized to each encoder's own size, and normalised by its own mean and
-    standard deviation. Features and results are kept in the folder `evaluation` of the image cache.
+    Images are resized, cropped and normalized as each encoder's own image processor does. Features and results are
+    kept in the folder `evaluation` of the image cache.
 
     Args:
         encoders: Names as for `load_encoder`.
@@ -67,7 +67,7 @@ def evaluate_transfer(
         described.append(encoder.describe() | {"name": label})
         encoder.model.to(device)
         for dataset, name in zip(datasets, names, strict=True):
-            images = load(dataset, encoder.image_size)
+            images = load(dataset, encoder)
             table = _Row(encoder, *images, arguments, store, device=device, progress=progress)
             for protocol in protocols:
                 entry, known = table.judge(protocol)
@@ -91,8 +91,7 @@ class _Row:
         progress: bool,
     ) -> None:
         self.store, self.arguments = store, arguments
-        mean, std = encoder.mean or train.mean, encoder.std or train.std
-        self.key = {"encoder": encoder.key(), "mean": list(mean), "std": list(std)}
+        self.key = {"encoder": encoder.key(), "preprocessing": train.preprocessing.to_dict()}
         self.labels = _hash(train.labels, test.labels)
         self.work = Judge(
             encoder.model,
@@ -100,10 +99,7 @@ class _Row:
             test,
             arguments,
             remember=self._remember,
-            mean=mean,
-            std=std,
             device=device,
-            image_size=encoder.image_size,
             progress=progress,
         )
 
@@ -122,12 +118,10 @@ class _Row:
         return self.store.features(self.key | key, compute)
 
 
-def _load(data: DataArguments, dataset: str, image_size: int) -> tuple[ImageSet, ImageSet]:
-    """Loads a data set as small as the encoder allows; enlarging is left to the device."""
-    data = find_test_split(replace(data, dataset=find_dataset(dataset), image_size=image_size))
-    if data.cache_size is None:
-        data = replace(data, cache_size=min(image_size, natural_side(data)))
-    labelled = load_labelled(data)
+def _load(data: DataArguments, dataset: str, encoder: FrozenEncoder) -> tuple[ImageSet, ImageSet]:
+    """Loads a data set as the encoder wants it."""
+    data, like = encoder.prepare(find_test_split(replace(data, dataset=find_dataset(dataset))))
+    labelled = load_labelled(data, num_channels=encoder.processing.num_channels, like=like)
     assert labelled is not None
     return labelled
 

@@ -127,6 +127,8 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_size: Number of features, derived from the architecture; a value that contradicts it is an error.
         orthogonality: How the weights were or are to be kept near orthogonal; a dict is converted.
         pretraining: Where the weights come from, in plain values.
+        preprocessing: What became of pixels in training: range of values, size, crop, mean, in plain values. The
+            image processor does the same.
         model_args: Further keyword arguments of the timm model, in plain values.
 
     Raises:
@@ -139,6 +141,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int | None = None
     orthogonality: OrthogonalityConfig | dict[str, Any] | None = None
     pretraining: dict[str, Any] | None = None
+    preprocessing: dict[str, Any] | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
 
     timm_classes: ClassVar[tuple[type, ...]] = ()

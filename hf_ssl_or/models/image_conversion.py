@@ -6,6 +6,7 @@ exports all come here, so that an image has the same pixels wherever an encoder 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -18,21 +19,17 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-try:
+tifffile: Any = None
+pydicom: Any = None
+with contextlib.suppress(ImportError):  # a folder of the Hub may be used where they are not installed
     import tifffile
-except ImportError:  # a folder of the Hub may be used where it is not installed
-    tifffile = None
-try:
+with contextlib.suppress(ImportError):
     import pydicom
     from pydicom.pixels import apply_rescale, apply_voi_lut, pixel_array
-except ImportError:
-    pydicom = None
-try:
+with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
-except ImportError:
-    pass
 
 MAX_CHANNELS = 32
 MAX_ASPECT = 100  # of the longer side to the shorter one
@@ -116,22 +113,31 @@ class Preprocessing:
         Raises:
             ValueError, OSError: The image cannot be decoded, or is of another kind than the encoder's.
         """
-        pixels = to_pixels(image, self.num_channels)
-        self.check_kind(pixels)
+        pixels = of_kind(to_pixels(image, self.num_channels), self.value_range, self.eight_bit)
         return resize_and_crop(pixels, self.resize_to, self.image_size, self.interpolation)
 
-    def check_kind(self, pixels: np.ndarray) -> None:
-        """Refuses 8-bit pixels where others were measured, and others where 8-bit ones were.
 
-        Raises:
-            ValueError: They are of the other kind.
-        """
-        if self.value_range != "dtype" and (pixels.dtype == np.uint8) != self.eight_bit:
-            ours = "8-bit" if self.eight_bit else f"wider, with the range {list(self.value_range)}"
-            raise ValueError(
-                f"{pixels.dtype} pixels, but those of the set are {ours}: their values mean something else; "
-                "convert one kind, or train with data.value_range=dtype"
-            )
+def of_kind(pixels: np.ndarray, value_range: ValueRange, eight_bit: bool) -> np.ndarray:
+    """Refuses 8-bit pixels where others were measured, and others where 8-bit ones were.
+
+    Returns:
+        The pixels; with the range "dtype" as uint8, or as float32 in [0, 1], since a resize forgets wider types.
+
+    Raises:
+        ValueError: They are of the other kind.
+    """
+    if value_range == "dtype":
+        if pixels.dtype.name in ("uint16", "int16"):
+            low, high = dtype_range(pixels.dtype.name)
+            return ((pixels.astype(np.float32) - low) / (high - low)).astype(np.float32)
+        return pixels
+    if (pixels.dtype == np.uint8) != eight_bit:
+        ours = "8-bit" if eight_bit else f"wider, with the range {list(value_range)}"
+        raise ValueError(
+            f"{pixels.dtype} pixels, but those of the set are {ours}: their values mean something else; "
+            "convert one kind, or train with data.value_range=dtype"
+        )
+    return pixels
 
 
 def check_value_range(value_range: Any) -> None:
@@ -222,15 +228,29 @@ def resize(
     Returns:
         (*size, C), uint8 for uint8 and float32 for other types; pixels that are left as they were keep their type.
     """
-    height, width, channels = pixels_HWC.shape
+    height, width = pixels_HWC.shape[:2]
     if size == (height, width) and box in (None, (0, 0, width, height)):
         return pixels_HWC
+    return resize_boxes(pixels_HWC, size, [box], interpolation)[0]
+
+
+def resize_boxes(
+    pixels_HWC: np.ndarray,
+    size: tuple[int, int],
+    boxes: Sequence[Box | None],
+    interpolation: Interpolation = "bilinear",
+) -> list[np.ndarray]:
+    """Resizes several boxes of one image, see `resize`: (*size, C) each."""
+    eight_bit, channels = pixels_HWC.dtype == np.uint8, pixels_HWC.shape[-1]
+    if eight_bit and channels == 3:
+        planes = [Image.fromarray(pixels_HWC)]
+    else:
+        kind = np.uint8 if eight_bit else np.float32
+        parts = (np.ascontiguousarray(pixels_HWC[..., channel], dtype=kind) for channel in range(channels))
+        planes = [Image.fromarray(part) for part in parts]
     shape, resample = (size[1], size[0]), _FILTERS[interpolation]
-    if pixels_HWC.dtype == np.uint8 and channels == 3:
-        return np.asarray(Image.fromarray(pixels_HWC).resize(shape, resample, box=box))
-    kind = np.uint8 if pixels_HWC.dtype == np.uint8 else np.float32
-    planes = [np.ascontiguousarray(pixels_HWC[..., channel], dtype=kind) for channel in range(channels)]
-    return np.stack([np.asarray(Image.fromarray(plane).resize(shape, resample, box=box)) for plane in planes], axis=-1)
+    resized = [[np.asarray(plane.resize(shape, resample, box=box)) for plane in planes] for box in boxes]
+    return [parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1) for parts in resized]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,11 +295,6 @@ def upright_size(image: Any) -> tuple[int, int] | None:
         return None
     width, height = image.size
     return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
-
-
-def has_transparency(image: Any) -> bool:
-    """Says whether an opened PIL image may have transparent pixels, which become white."""
-    return isinstance(image, Image.Image) and image.has_transparency_data
 
 
 def _from_pil(image: Image.Image, num_channels: int, least: int | None) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Image processor: any image, or the path of one, becomes the square, normalized input that an encoder was trained on."""
+"""Image processor: any image, or the path of one, becomes the normalized square that an encoder was trained on."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 from urllib.request import urlopen
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers.processing_utils import ImagesKwargs
 from .image_conversion import (
     Preprocessing,
     normalize_pixels,
+    of_kind,
     open_image,
     output_size,
     resize,
@@ -80,20 +81,19 @@ class SSLImageProcessor(TorchvisionBackend):
             return open_image(image_url_or_urls)
         return image_url_or_urls
 
-    def process_image(self, image: Any, num_channels: int, value_range: Any, eight_bit: bool, **_: Any) -> np.ndarray:
+    def process_image(  # type: ignore[override]
+        self, image: Any, num_channels: int, value_range: Any, eight_bit: bool, **_: Any
+    ) -> np.ndarray:
         """Converts an image to an upright array (H, W, C)."""
         pixels = to_pixels(image, num_channels)
         if eight_bit and pixels.dtype == np.float32 and not hasattr(image, "mode"):
             return pixels  # an array of values in [0, 255], as other image processors take it
-        kind = {"num_channels": num_channels, "value_range": value_range, "eight_bit": eight_bit}
-        kind |= {"mean": (0,) * num_channels, "std": (1,) * num_channels}
-        Preprocessing(image_size=1, **kind).check_kind(pixels)
-        return pixels
+        return of_kind(pixels, value_range, eight_bit)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         return list(_flattened(self.fetch_images(images)))
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[np.ndarray],
         do_resize: bool,
@@ -110,14 +110,15 @@ class SSLImageProcessor(TorchvisionBackend):
         device: Any = None,
         **_: Any,
     ) -> BatchFeature:
-        filter_name = PILImageResampling(resample).name.lower()
+        how: Any = PILImageResampling(resample).name.lower()
         values = []
         for pixels in images:
             if do_resize and size.shortest_edge and do_center_crop and crop_size.height == crop_size.width:
-                pixels = resize_and_crop(pixels, size.shortest_edge, crop_size.height, filter_name)
+                pixels = resize_and_crop(pixels, size.shortest_edge, cast(int, crop_size.height), how)
+            elif do_resize and size.shortest_edge:
+                pixels = resize(pixels, output_size(pixels.shape[:2], size.shortest_edge), how)
             elif do_resize:
-                wanted = (size.height, size.width) if size.height else output_size(pixels.shape, size.shortest_edge)
-                pixels = resize(pixels, wanted, filter_name)
+                pixels = resize(pixels, (cast(int, size.height), cast(int, size.width)), how)
             x_CHW = torch.from_numpy(np.array(pixels.transpose(2, 0, 1)))
             x_CHW = scale_pixels(x_CHW, value_range) if do_rescale else x_CHW.float()
             values.append(normalize_pixels(x_CHW, image_mean, image_std) if do_normalize else x_CHW)
@@ -140,17 +141,49 @@ def _flattened(images: Any) -> Any:
 def build_image_processor(preprocessing: Preprocessing) -> SSLImageProcessor:
     """Makes the image processor that does what `preprocessing` says."""
     side = preprocessing.image_size
-    return SSLImageProcessor(
-        size={"shortest_edge": preprocessing.resize_to},
-        crop_size={"height": side, "width": side},
-        crop_pct=preprocessing.crop_pct,
-        resample=PILImageResampling[preprocessing.interpolation.upper()],
-        num_channels=preprocessing.num_channels,
-        value_range=preprocessing.value_range,
-        eight_bit=preprocessing.eight_bit,
-        image_mean=list(preprocessing.mean),
-        image_std=list(preprocessing.std),
+    settings: dict[str, Any] = {
+        "size": {"shortest_edge": preprocessing.resize_to},
+        "crop_size": {"height": side, "width": side},
+        "crop_pct": preprocessing.crop_pct,
+        "resample": getattr(PILImageResampling, preprocessing.interpolation.upper()),
+        "num_channels": preprocessing.num_channels,
+        "value_range": preprocessing.value_range,
+        "eight_bit": preprocessing.eight_bit,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+    return SSLImageProcessor(**settings)
+
+
+def preprocessing_of(processor: Any) -> Preprocessing:
+    """Returns what an image processor of this package, or of a transformers model, does.
+
+    One that squeezes images to a square is taken to crop their center instead: no encoder here gets a squeezed image.
+
+    Raises:
+        ValueError: A value is missing, or out of range.
+    """
+    settings = processor.to_dict()
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    side, shorter = _side(crop or settings["size"]), _side(settings["size"])
+    normalizes = settings.get("do_normalize", True)
+    mean = list(settings["image_mean"]) if normalizes else [0.0] * 3
+    return Preprocessing(
+        image_size=side,
+        num_channels=len(mean),
+        # Half a pixel more, for the quotient to be rounded down to the size that the processor names.
+        crop_pct=settings.get("crop_pct") or (1.0 if shorter <= side else side / (shorter + 0.5)),
+        interpolation=cast(Any, PILImageResampling(settings.get("resample", 2)).name.lower()),
+        eight_bit=settings.get("eight_bit", True),
+        value_range=settings.get("value_range", (0.0, 255.0)),
+        mean=tuple(mean),
+        std=tuple(settings["image_std"]) if normalizes else (1.0,) * len(mean),
     )
+
+
+def _side(size: Any) -> int:
+    """Returns the side that a processor's size names, in any of the forms that it takes."""
+    return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge"))
 
 
 SSLImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
@@ -45,8 +45,6 @@ class Monitor:
         device: torch.device,
     ) -> None:
         self.arguments, self.device = arguments, device
-        self.mean, self.std = images.mean, images.std
-        self.image_size = images.image_size
         self.sample = self._sample(images, "monitor")
         labelled = bank is not None and test is not None and bank.labels is not None and test.labels is not None
         self.bank = self._sample(bank, "monitor bank") if bank is not None and labelled else None
@@ -98,13 +96,7 @@ class Monitor:
 
     def _how(self) -> dict[str, Any]:
         """How images are encoded."""
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "image_size": self.image_size,
-            "device": self.device,
-            "mixed_precision": self.arguments.mixed_precision,
-        }
+        return {"device": self.device, "mixed_precision": self.arguments.mixed_precision}
 
     def _sample(self, images: ImageSet, purpose: str) -> ImageSet:
         return images.sample(self.arguments.monitor_images, self.arguments.seed, purpose)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.collapse import collapse_report, lidar
 from hf_ssl_or.evaluation.features import extract_features
@@ -150,14 +150,7 @@ class Sample:
         return knn_accuracy(features[0], bank.labels, features[1], test.labels, k=k)[f"top1_k{k}"]
 
     def _how(self) -> dict[str, Any]:
-        images = self.images
-        return {
-            "mean": images.mean,
-            "std": images.std,
-            "image_size": images.image_size,
-            "batch_size": self.batch_size,
-            "device": self.device,
-        }
+        return {"batch_size": self.batch_size, "device": self.device}
 
 
 def load_checkpoint(store: CheckpointStore, step: int, encoder: nn.Module) -> None:

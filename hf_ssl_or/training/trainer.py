@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError, NonFiniteLossError

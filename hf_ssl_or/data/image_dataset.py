@@ -1,0 +1,473 @@
+"""The images of a run: whole, for views, and as the squares that an encoder gets in evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, note_unreadable
+from hf_ssl_or.data.order import Order, ShuffledOrder
+from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
+from hf_ssl_or.data.sources import ListSource
+from hf_ssl_or.data.views import clean_views, crop_views, render_views, sample_parameters
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import Preprocessing
+from hf_ssl_or.randomness import keyed_permutation
+
+_DEVICE_BYTES = 4 * 2**30  # sets of images of one size that are no larger move to the GPU's memory
+_MATRIX_SIDE = 128  # pixels up to which matrices crop faster than PIL on a CPU
+_TASK = 8  # images that a thread crops at a time
+_AHEAD = 2  # batches that are cropped at a time
+_CLEAN_TASK = 64
+
+# What a step gets: its views, group by group, and the places of the images that they are of.
+Rendered = tuple[list[Tensor], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where decoded images are kept.
+
+    Attributes:
+        mode: "memory", "disk", or "on_the_fly": they are decoded again each time.
+        folder: Folder of the files of "disk".
+    """
+
+    mode: Literal["memory", "disk", "on_the_fly"]
+    folder: Path | None = None
+
+
+@dataclass(kw_only=True)
+class ImageSet:
+    """Images of a run.
+
+    Attributes:
+        job: Which images there are, and how whole ones are decoded.
+        labels: int64, (n,), or None for unlabelled images.
+        class_names: Names of the labels, or None.
+        preprocessing: What becomes of the pixels, mean and standard deviation included.
+        name: What the user calls the data set.
+        whole_storage: Where whole images are kept.
+        square_storage: Where squares are kept.
+        whole: The whole images, once they are decoded.
+        squares: The squares, once they are decoded.
+    """
+
+    job: DecodeJob
+    labels: Tensor | None
+    class_names: list[str] | None
+    preprocessing: Preprocessing
+    name: str
+    whole_storage: Storage = Storage("memory")
+    square_storage: Storage = Storage("memory")
+    whole: PixelStore | None = field(default=None, repr=False)
+    squares: PixelStore | None = field(default=None, repr=False)
+    _failures: dict[int, str] = field(default_factory=dict, repr=False)
+    _on_device: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Sequence[Any] | np.ndarray,
+        labels: Tensor | None = None,
+        *,
+        class_names: list[str] | None = None,
+        name: str = "images",
+        preprocessing: Preprocessing,
+        bound: int | None = None,
+        dtype: str = "uint8",
+    ) -> ImageSet:
+        """Makes a set of images in memory, PIL images or arrays (H, W, C).
+
+        Args:
+            images: The images.
+            labels: Their labels.
+            class_names: Names of the labels.
+            name: Name of the set.
+            preprocessing: What becomes of the pixels.
+            bound: Most pixels of the shorter side of whole images.
+            dtype: Type of the pixels.
+        """
+        source = ListSource(images, name=name)
+        job = DecodeJob(
+            source=source, rows=np.arange(len(source)), preprocessing=preprocessing, bound=bound, dtype=dtype
+        )
+        return cls(job=job, labels=labels, class_names=class_names, preprocessing=preprocessing, name=name)
+
+    def __len__(self) -> int:
+        return len(self.job.rows)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the squares, and of views that name no size."""
+        return self.preprocessing.image_size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel that images are normalized with, of values in [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, likewise."""
+        return self.preprocessing.std
+
+    @property
+    def fingerprint(self) -> str:
+        """Key of the content: the source, which images of it, and the range of their values."""
+        kind = (self.preprocessing.num_channels, self.preprocessing.value_range)
+        digest = hashlib.blake2b(f"{self.job.source.fingerprint}/{kind}/".encode(), digest_size=12)
+        digest.update(self.job.rows.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def describe(self, i: int) -> str:
+        """Says where image i is: a path, or a row."""
+        return self.job.source.describe(int(self.job.rows[i]))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation: the squares that the shipped image processor makes
+
+    def clean(self, indices: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """Yields batches as an encoder gets them in evaluation: (B, C, S, S) float32, normalized."""
+        for squares_BHWC in self.square_batches(indices, device):
+            yield clean_views(squares_BHWC, self.preprocessing)
+
+    def unit_squares(self, index_B: np.ndarray) -> Tensor:
+        """Returns images with values in [0, 1], not normalized: (B, C, S, S) float32 on the CPU."""
+        channels = self.preprocessing.num_channels
+        plain = dataclasses.replace(self.preprocessing, mean=(0.0,) * channels, std=(1.0,) * channels)
+        return torch.cat([clean_views(squares, plain) for squares in self.square_batches([index_B])])
+
+    def square_batches(self, indices: Iterable[np.ndarray], device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """Yields batches of squares (B, S, S, C), of the type that they are stored in."""
+        store = self.load_squares()
+        if store is not None:
+            pixels, device = store.dense(), torch.device(device)
+            for index_B in indices:
+                yield _select(pixels, index_B, device)
+            return
+        for images, _ in self._loader(indices, _SquareDecoder(self.square_job), device):
+            yield images.to(device, non_blocking=True)
+
+    def load_squares(self) -> PixelStore | None:
+        """Decodes the squares unless it is done; None if they are decoded each time."""
+        if self.squares is None and self.square_storage.mode != "on_the_fly":
+            self.squares = self._own_squares() or _load(self.square_job, self.square_storage)[0]
+        return self.squares
+
+    def _own_squares(self) -> PixelStore | None:
+        """Returns the whole images where they are such squares already, as small images often are."""
+        size = self.preprocessing.image_size
+        if self.whole is None or self.preprocessing.resize_to != size:
+            return None
+        return self.whole if self.whole.uniform_sizes == ((size, size), (size, size)) else None
+
+    @property
+    def square_job(self) -> DecodeJob:
+        """How squares are decoded: those of others than 8-bit images keep the resize's fractions."""
+        dtype = "uint8" if self.job.dtype == "uint8" else "float32"
+        return dataclasses.replace(self.job, square=True, preprocessing=self.preprocessing, bound=None, dtype=dtype)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Views
+
+    def views(self, plans: Iterable[ViewPlan], device: torch.device | str = "cpu") -> Iterator[Rendered]:
+        """Yields the views of one plan after the other, each group (V, B, C, size, size) float32, normalized.
+
+        An image that cannot be read any more is replaced by the next one of the set.
+        """
+        device = torch.device(device)
+        self.load_whole()
+        pixels = self._matrix_pixels(device)
+        if pixels is not None:
+            assert self.whole is not None and self.whole.uniform_sizes is not None
+            stored, original = self.whole.uniform_sizes
+            for plan in plans:
+                images_BHWC = _select(pixels, plan.index_B, device)
+                yield self._render([images_BHWC] * len(plan.groups), plan, (original, stored)), plan.index_B
+            return
+        plans, ahead = itertools.tee(plans)
+        for plan, (crops, index_B) in zip(plans, self._crops(ahead, device), strict=True):
+            yield self._render([x.to(device, non_blocking=True) for x in crops], plan, (None, None)), index_B
+
+    def load_whole(self) -> PixelStore | None:
+        """Decodes the whole images unless it is done; None if they are decoded each time."""
+        if self.whole is None and self.whole_storage.mode != "on_the_fly":
+            self.whole = _load(self.job, self.whole_storage)[0]
+        return self.whole
+
+    def _matrix_pixels(self, device: torch.device) -> Tensor | None:
+        """Returns all images as one tensor, on the device if they fit, where matrices on it crop faster than PIL."""
+        if device not in self._on_device:
+            sizes = self.whole.uniform_sizes if self.whole is not None else None
+            if self.whole is None or sizes is None or (device.type == "cpu" and max(sizes[0]) > _MATRIX_SIDE):
+                return None
+            pixels = self.whole.dense()
+            self._on_device[device] = pixels.to(device) if self.whole.nbytes <= _DEVICE_BYTES else pixels
+        return self._on_device[device]
+
+    def _render(self, sources: list[Tensor], plan: ViewPlan, sizes: tuple[Any, Any]) -> list[Tensor]:
+        channels = self.preprocessing.num_channels
+        parameters = (
+            sample_parameters(group, plan.index_B, num_channels=channels, original_size=sizes[0], stored_size=sizes[1])
+            for group in plan.groups
+        )
+        return [
+            render_views(source, drawn, self.preprocessing) for source, drawn in zip(sources, parameters, strict=True)
+        ]
+
+    def _crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """Yields the crops of each plan, (V, B, size, size, C) for each group, cut on the host ahead of time."""
+        if self.whole is None:
+            yield from self._loader(plans, _CropDecoder(self.job), device)
+            return
+        pool, pending = ThreadPoolExecutor(self.job.workers), deque[tuple[Any, ...]]()
+        try:
+            for plan in plans:
+                pending.append((plan, *self._start_crops(plan, pool, device)))
+                if len(pending) >= _AHEAD:
+                    yield _finish_crops(*pending.popleft())
+            while pending:
+                yield _finish_crops(*pending.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start_crops(
+        self, plan: ViewPlan, pool: ThreadPoolExecutor, device: torch.device
+    ) -> tuple[list[Tensor], list[Future[None]]]:
+        store = self.whole
+        assert store is not None
+        outs = empty_crops(plan, self.job, device)
+        boxes = [group.boxes(plan.index_B, store.originals_N2[plan.index_B]) for group in plan.groups]
+
+        def crop(start: int) -> None:
+            for b in range(start, min(start + _TASK, len(plan.index_B))):
+                i = int(plan.index_B[b])
+                original = tuple(int(side) for side in store.originals_N2[i])
+                for group, boxes_VB4, out in zip(plan.groups, boxes, outs, strict=True):
+                    crop_views(store[i], original, boxes_VB4[:, b], group.size, out.numpy()[:, b])  # type: ignore[arg-type]
+
+        return outs, [pool.submit(crop, start) for start in range(0, len(plan.index_B), _TASK)]
+
+    def _loader(self, items: Iterable[Any], decoder: _Decoder, device: torch.device | str) -> Iterator[Any]:
+        """Decodes batches in worker processes that run ahead, and counts what could not be read."""
+        batches = (list(decoder.items_of(item)) for item in items)
+        loader = DataLoader(
+            decoder,
+            batch_sampler=batches,
+            num_workers=self.job.workers,
+            collate_fn=decoder.collate,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+        for result, index_B, failures in _watched(loader):
+            note_unreadable(self._failures, failures, self.job.source.name, len(self), self.job.max_corrupt)
+            yield result, index_B
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Parts of the set
+
+    def subset(self, indices: Tensor | np.ndarray) -> ImageSet:
+        """Returns a set of some of the images, with the same statistics; what is decoded is not decoded again."""
+        index = torch.as_tensor(indices).cpu().numpy()
+        small = len(index) * self.image_size**2 * self.preprocessing.num_channels <= 2**30
+        return dataclasses.replace(
+            self,
+            job=dataclasses.replace(self.job, rows=self.job.rows[index]),
+            labels=None if self.labels is None else self.labels[torch.from_numpy(index)],
+            whole=None if self.whole is None else self.whole.select(index),
+            squares=None if self.squares is None else self.squares.select(index),
+            square_storage=Storage("memory") if small else self.square_storage,
+            _on_device={},
+        )
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> ImageSet:
+        """Returns the same images for an encoder that wants them otherwise."""
+        mine = self.preprocessing
+        kind = ("num_channels", "eight_bit", "value_range")
+        same_kind = all(getattr(mine, name) == getattr(preprocessing, name) for name in kind)
+        if mine == preprocessing:
+            return self
+        job = dataclasses.replace(self.job, preprocessing=preprocessing)
+        if not same_kind:
+            job = dataclasses.replace(job, dtype="uint8" if preprocessing.eight_bit else "float32")
+        return dataclasses.replace(
+            self,
+            job=job,
+            preprocessing=preprocessing,
+            whole=self.whole if same_kind else None,
+            squares=None,
+            _on_device={},
+        )
+
+    def sample(self, size: int, *key: int | str) -> ImageSet:
+        """Returns a set of at most `size` images, at random by the key, in the order of the set."""
+        return self.subset(np.sort(keyed_permutation(len(self), *key)[:size]))
+
+    def order(self, batch_size: int, seed: int) -> Order:
+        """Returns the order in which a run takes the images."""
+        return ShuffledOrder(len(self), batch_size, seed)
+
+
+def _load(job: DecodeJob, storage: Storage) -> tuple[PixelStore, Any]:
+    """Decodes all images of a job that an earlier pass has found to be readable."""
+    store, tally = decode_to_memory(job) if storage.mode == "memory" else decode_to_disk(job, _folder(storage))
+    if tally.unreadable:
+        raise job.too_many(list(tally.unreadable.values()))
+    return store, tally
+
+
+def _folder(storage: Storage) -> Path:
+    assert storage.folder is not None, "a storage on disk names its folder"
+    return storage.folder
+
+
+def _select(pixels: Tensor, index_B: np.ndarray, device: torch.device) -> Tensor:
+    """Returns images by index on a device, through pinned memory where they leave the host: it need not wait."""
+    index = torch.as_tensor(index_B)
+    if pixels.device.type == "cpu" and device.type == "cuda":
+        out = torch.empty(len(index), *pixels.shape[1:], dtype=pixels.dtype, pin_memory=True)
+        return torch.index_select(pixels, 0, index, out=out).to(device, non_blocking=True)
+    if pixels.device.type == "cuda":
+        index = index.pin_memory().to(pixels.device, non_blocking=True)
+    return pixels.index_select(0, index)
+
+
+def empty_crops(plan: ViewPlan, job: DecodeJob, device: torch.device | str) -> list[Tensor]:
+    """Makes room for the crops of a plan, pinned where they go to a GPU."""
+    dtype = torch.uint8 if job.dtype == "uint8" else torch.float32
+    shapes = [(len(g.specs), len(plan.index_B), g.size, g.size, job.preprocessing.num_channels) for g in plan.groups]
+    return [torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda") for shape in shapes]
+
+
+def _finish_crops(plan: ViewPlan, outs: list[Tensor], futures: list[Future[None]]) -> tuple[list[Tensor], np.ndarray]:
+    for future in futures:
+        future.result()
+    return outs, plan.index_B
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images that are decoded in each step
+
+
+def _watched(loader: Iterable[Any]) -> Iterator[Any]:
+    """Says in one line that a worker died, which torch says in one of several errors."""
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "data: a process that decodes images was killed (often for want of memory); "
+            "set fewer data.num_workers and continue with --resume"
+        ) from error
+
+
+class _Decoder(Dataset):
+    """Decodes what a batch wants of its images, one by one; says which could not be read.
+
+    Args:
+        job: The images.
+    """
+
+    def __init__(self, job: DecodeJob) -> None:
+        self.job = job
+
+    def items_of(self, item: Any) -> Iterator[Any]:
+        """Splits what a batch wants into what each image gives."""
+        raise NotImplementedError
+
+    def collate(self, items: list[Any]) -> Any:
+        """Puts the images of a batch together."""
+        raise NotImplementedError
+
+    def first_readable(self, i: int, read: Callable[[int], Any]) -> tuple[Any, int, dict[int, str]]:
+        """Reads image i, or the next one that can be read: what was read, its place, and the failures."""
+        rows, failures = self.job.rows, dict[int, str]()
+        for place in range(i, i + len(rows)):
+            row = int(rows[place % len(rows)])
+            image = read(row)
+            if not isinstance(image, str):
+                return image, place % len(rows), failures
+            failures[row] = image
+        raise self.job.too_many(list(failures.values()))
+
+
+class _SquareDecoder(_Decoder):
+    def items_of(self, item: np.ndarray) -> Iterator[int]:
+        yield from item.tolist()
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image = decode(self.job.source, int(self.job.rows[i]), self.job)
+        if isinstance(image, str):  # another image in its place would have the wrong label
+            raise InputError(f"data.dataset: {image}; it could be read before")
+        return image.pixels
+
+    def collate(self, items: list[np.ndarray]) -> tuple[Tensor, None, dict[int, str]]:
+        return torch.from_numpy(np.stack(items)), None, {}
+
+
+class _CropDecoder(_Decoder):
+    def items_of(self, item: ViewPlan) -> Iterator[tuple[int, ViewPlan]]:
+        for b in range(len(item.index_B)):
+            yield b, ViewPlan(item.index_B[b : b + 1], item.groups)
+
+    def __getitem__(self, item: tuple[int, ViewPlan]) -> tuple[list[np.ndarray], int, dict[int, str]]:
+        plan = item[1]
+        crops, place, failures = self.first_readable(
+            int(plan.index_B[0]), lambda row: crop_file(row, self.job.source, self.job, plan)
+        )
+        return crops, place, failures
+
+    def collate(self, items: list[Any]) -> tuple[list[Tensor], np.ndarray, dict[int, str]]:
+        groups = zip(*(crops for crops, _, _ in items), strict=True)
+        failures = {row: reason for _, _, found in items for row, reason in found.items()}
+        stacked = [torch.from_numpy(np.concatenate(crops, axis=1)) for crops in groups]
+        return stacked, np.array([place for _, place, _ in items]), failures
+
+
+def crop_file(row: int, source: Any, job: DecodeJob, plan: ViewPlan) -> list[np.ndarray] | str:
+    """Cuts the views of one image out of its file, decoded as small as they allow.
+
+    Args:
+        row: Which image of the source.
+        source: Where it is.
+        job: How it is decoded.
+        plan: The views of this one image.
+
+    Returns:
+        (V, 1, size, size, C) for each group, or what is wrong with the file.
+    """
+
+    def least_side(original: tuple[int, int]) -> int:
+        return max(_least_side(group, plan.index_B, original) for group in plan.groups)
+
+    image = decode_for_boxes(source, row, job, least_side)
+    return image if isinstance(image, str) else cut(image, job, plan)
+
+
+def cut(image: Decoded, job: DecodeJob, plan: ViewPlan) -> list[np.ndarray]:
+    """Cuts the views of one decoded image: (V, 1, size, size, C) for each group."""
+    outs = [out.numpy() for out in empty_crops(plan, job, "cpu")]
+    for group, out in zip(plan.groups, outs, strict=True):
+        boxes_V14 = group.boxes(plan.index_B, np.array([image.original_size]))
+        crop_views(image.pixels, image.original_size, boxes_V14[:, 0], group.size, out[:, 0])
+    return outs
+
+
+def _least_side(group: ViewGroup, index_B: np.ndarray, original: tuple[int, int]) -> int:
+    """Returns the shorter side at which the smallest crop still has the pixels of its view."""
+    boxes_V14 = group.boxes(index_B, np.array([original]))
+    return int(np.ceil(min(original) * group.size / max(1, int(boxes_V14[..., 2:].min()))))

@@ -1,0 +1,165 @@
+"""Loads a split: decodes it once, into memory or into a file that this and later runs map into memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.decode import (
+    DecodeJob,
+    PixelKind,
+    Tally,
+    default_bound,
+    kept_dtype,
+    measure_kind,
+    preprocessing_of,
+    sample_rows,
+    wanted_range,
+)
+from hf_ssl_or.data.image_dataset import ImageSet, Storage
+from hf_ssl_or.data.labels import choose_rows
+from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
+from hf_ssl_or.data.sources import ImageSource, load_source
+from hf_ssl_or.data.stream import load_stream
+from hf_ssl_or.models.image_conversion import Preprocessing
+
+_SMALL_BYTES = 64 * 2**20  # "auto": decoded again in each run rather than stored
+_MEMORY_BYTES = 2**30  # "none": held in memory rather than decoded in each step
+
+
+def load_images(
+    arguments: DataArguments,
+    split: str,
+    *,
+    num_channels: int = 3,
+    like: Preprocessing | None = None,
+    squares: bool = False,
+    rows: np.ndarray | None = None,
+) -> ImageSet:
+    """Loads a split, decoding it if no earlier run has.
+
+    Of several processes on a machine let one go first, or each decodes the set (the files stay sound either way).
+
+    Args:
+        arguments: Settings of the data; `fraction` concerns the training split only.
+        split: Name of the split.
+        num_channels: Channels that the encoder takes.
+        like: How pixels are treated, say those of the training images; None takes what the arguments say, and
+            measures the rest on these images. Its mean and standard deviation are taken over.
+        squares: Decodes what evaluation needs, not what views need; the other is decoded when it is asked for.
+        rows: Images of the split that are taken; None takes all, or the fraction.
+
+    Raises:
+        InputError: The set, the split or a column is not there, too many images cannot be read, or the folder of the
+            cache cannot be written.
+    """
+    name = public_name(arguments.dataset)
+    if arguments.streaming:
+        return load_stream(arguments, split, name=name, num_channels=num_channels, like=like)
+    source = load_source(arguments, split)
+    if rows is None:
+        fraction = arguments.fraction if split == arguments.train_split else 1.0
+        rows = choose_rows(source.labels, len(source), fraction, arguments.fraction_seed)
+    kind = measure_kind(
+        ((source, int(row)) for row in sample_rows(rows)),
+        like.value_range if like is not None else wanted_range(arguments),
+        like.num_channels if like is not None else num_channels,
+        name,
+    )
+    preprocessing = like or preprocessing_of(arguments, kind, num_channels)
+    job = DecodeJob(
+        source=source,
+        rows=rows,
+        preprocessing=preprocessing,
+        dtype=kept_dtype(preprocessing, kind),
+        bound=None if arguments.cache == "none" else arguments.cache_size or default_bound(preprocessing.image_size),
+        workers=arguments.workers(),
+        max_corrupt=arguments.max_corrupt,
+    )
+    images = ImageSet(
+        job=job,
+        labels=None,
+        class_names=source.class_names,
+        preprocessing=preprocessing,
+        name=name,
+        whole_storage=_storage(arguments, _whole_bytes(job, kind)),
+        square_storage=_storage(arguments, _square_bytes(job)),
+    )
+    store, tally = _first_pass(images, arguments, squares=squares)
+    return _readable(images, source, store, tally, squares=squares, measure=like is None and arguments.mean is None)
+
+
+def _whole_bytes(job: DecodeJob, kind: PixelKind) -> int:
+    """Estimates the bytes of the whole images."""
+    height, width = kind.median_size
+    shrink = 1.0 if job.bound is None else min(1.0, job.bound / min(height, width))
+    return int(len(job.rows) * height * width * shrink**2) * _pixel_bytes(job)
+
+
+def _square_bytes(job: DecodeJob) -> int:
+    itemsize = 1 if job.dtype == "uint8" else 4
+    return len(job.rows) * job.preprocessing.image_size**2 * job.preprocessing.num_channels * itemsize
+
+
+def _pixel_bytes(job: DecodeJob) -> int:
+    return job.preprocessing.num_channels * np.dtype(job.dtype).itemsize
+
+
+def _storage(arguments: DataArguments, nbytes: int) -> Storage:
+    """Decides where so many bytes of decoded images are kept."""
+    if arguments.cache == "none":
+        return Storage("memory" if nbytes <= _MEMORY_BYTES else "on_the_fly")
+    to_disk = arguments.cache == "disk" or nbytes > _SMALL_BYTES
+    return Storage("disk", arguments.cache_folder()) if to_disk else Storage("memory")
+
+
+def _first_pass(images: ImageSet, arguments: DataArguments, *, squares: bool) -> tuple[PixelStore, Tally]:
+    """Decodes all images once: stores them, or finds what can be read."""
+    job = images.square_job if squares else images.job
+    storage = images.square_storage if squares else images.whole_storage
+    if storage.mode == "memory":
+        return decode_to_memory(job)
+    if storage.mode == "disk":
+        return decode_to_disk(job, arguments.cache_folder())
+    bound = default_bound(images.image_size)
+    return decode_to_disk(replace(images.job, bound=bound), arguments.cache_folder(), keep_pixels=False)
+
+
+def _readable(
+    images: ImageSet, source: ImageSource, store: PixelStore, tally: Tally, *, squares: bool, measure: bool
+) -> ImageSet:
+    """Returns the set without what cannot be read, with labels and statistics."""
+    rows = np.delete(images.job.rows, [int(place) for place in tally.unreadable])
+    preprocessing = images.preprocessing
+    if measure and tally.count:
+        mean, std = tally.statistics(preprocessing)
+        preprocessing = replace(preprocessing, mean=mean, std=std)
+    kept = store if store.flat.size else None
+    return replace(
+        images,
+        job=replace(images.job, rows=rows),
+        labels=None if source.labels is None else torch.from_numpy(source.labels[rows]),
+        preprocessing=preprocessing,
+        whole=None if squares else kept,
+        squares=kept if squares else None,
+    )
+
+
+def public_name(name: str) -> str:
+    """Leaves out where on this machine a local set is: the name goes into results, configurations and cards."""
+    path = Path(name).expanduser()
+    local = path.is_absolute() or path.exists() or name.startswith(".") or ".tar" in name or ".parquet" in name
+    return path.resolve().name.split("?")[0] if local else name
+
+
+def storage_summary(images: ImageSet, bound: int | None) -> str:
+    """Says in one line how the training images are stored, for the start of a run."""
+    store, mode = images.whole, images.whole_storage.mode
+    where = {"memory": "in memory", "disk": "in a file", "on_the_fly": "nowhere: decoded in each step"}[mode]
+    amount = "" if store is None else f", {store.nbytes / 2**20:,.0f} MiB"
+    limit = "their own sizes" if bound is None else f"shorter side of at most {bound} pixels (data.cache_size)"
+    return f"{images.name}: {len(images):,} images, {limit}, {where}{amount}"
