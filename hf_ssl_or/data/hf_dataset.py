@@ -348,7 +348,7 @@ def _paths(cells: Cells, column: Column) -> list[str] | None:
 
 
 def _content_key(table: datasets.Dataset, column: Column) -> str:
-    """Hashes the stored images, at about 1.5 GB/s per core; what this process has hashed it remembers by its files.
+    """Hashes the stored images, about 1 GB/s per core; what this process has hashed it remembers by its files.
 
     The library keeps sets of the Hub under the commit that they are from, which says as much without reading them.
     """

@@ -40,7 +40,7 @@ def image_extensions() -> frozenset[str]:
 
 def extension(path: str) -> str:
     """Returns the last extension of a path in lower case."""
-    return PurePosixPath(path).suffix.lower()
+    return os.path.splitext(path)[1].lower()
 
 
 def report_left_out(name: str, files: Iterable[str]) -> None:
@@ -132,9 +132,10 @@ def file_key(files: Iterable[tuple[str, Path]]) -> str:
         except (OSError, ValueError):  # missing, or a name that no file can have
             state = "missing"
         else:
-            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            is_folder = stat.S_ISDIR(found.st_mode)  # which is an image that cannot be read
+            if not is_folder and not stat.S_ISREG(found.st_mode):
                 raise InputError(f"data.dataset: {path} is no file (a pipe or a device); remove it")
-            state = f"{found.st_size}:{found.st_mtime_ns}"
+            state = "folder" if is_folder else f"{found.st_size}:{found.st_mtime_ns}"
         digest.update(f"{name}:{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

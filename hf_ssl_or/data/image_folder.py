@@ -19,6 +19,7 @@ from hf_ssl_or.data.splits import SPLITS, common_folders, splits_in
 from hf_ssl_or.data.webdataset import expand_braces
 from hf_ssl_or.errors import InputError
 
+_NONE: frozenset[str] = frozenset()
 _logger = logging.getLogger(__name__)
 
 
@@ -33,7 +34,7 @@ class ImageFolder:
         others: Paths of the other files.
         splits: Paths of the images of each split, under the library's name and the folder's own; empty without splits.
         unused: Paths of images that are in none of the splits.
-        class_paths: Path of an image -> the same without the folders that only lead to a split.
+        class_folders: Folder of an image -> the same without those that only lead to a split; "" if none is left.
     """
 
     name: str
@@ -42,7 +43,7 @@ class ImageFolder:
     others: list[str]
     splits: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    class_paths: dict[str, str] = field(default_factory=dict)
+    class_folders: dict[str, str] = field(default_factory=dict)
 
     def source(self, split: str | None) -> FileSource:
         """Opens a split, or all images, and logs which files are left out.
@@ -54,7 +55,7 @@ class ImageFolder:
         """
         paths = self.images if split is None else self.splits[split]
         if self.splits and split is not None:
-            report_left_out(self.name, (path for path in self.others if _may_be_of(path, split)))
+            report_left_out(self.name, (path for path in self.others if _may_be_of(os.path.dirname(path), split)))
         else:
             report_left_out(self.name, self.others)
         if self.unused:
@@ -62,11 +63,10 @@ class ImageFolder:
             named = ", ".join(f"{name} ({count:,})" for name, count in where.most_common(10))
             _logger.warning("%s: left out %d images that are in no split: %s", self.name, len(self.unused), named)
         labels, class_names = None, None
-        inner = [self.class_paths.get(path, path) for path in paths]
-        if inner and all("/" in path for path in inner):
-            classes = [path.split("/", 1)[0] for path in inner]
-            if len(set(classes)) > 1:
-                labels, class_names = encode_labels(classes)
+        folders = [os.path.dirname(path) for path in paths]
+        classes = [self.class_folders.get(folder, folder).split("/", 1)[0] for folder in folders]
+        if all(classes) and len(set(classes)) > 1:
+            labels, class_names = encode_labels(classes)
         return FileSource(self.name, self.root, paths, labels, class_names)
 
 
@@ -171,77 +171,72 @@ def _tar_pattern(folder: Path, tars: list[str]) -> str:
 # Splits: the outermost folder with the name of one says it; without such folders, the names of the files
 
 
-def _split_place(path: str) -> int | None:
-    """Returns which of the folders of a path has the name of a split."""
-    return next((k for k, part in enumerate(path.split("/")[:-1]) if splits_in(part)), None)
+@functools.lru_cache(10_000)
+def _split_place(folder: str) -> int | None:
+    """Returns which part of the path of a folder has the name of a split."""
+    return next((k for k, part in enumerate(folder.split("/")) if splits_in(part)), None)
 
 
-def _may_be_of(path: str, split: str) -> bool:
-    place = _split_place(path)
-    part = "" if place is None else path.split("/")[place]
+def _may_be_of(folder: str, split: str) -> bool:
+    place = _split_place(folder)
+    part = "" if place is None else folder.split("/")[place]
     return place is None or split == part or split in splits_in(part)
 
 
 def _with_splits(found: ImageFolder, *, is_glob: bool) -> ImageFolder:
     """Finds the splits; a glob says itself which files are meant: what reads like one split among others is none."""
-    places = {path: place for path in found.images if (place := _split_place(path)) is not None}
+    folders = sorted({os.path.dirname(path) for path in found.images})
+    parts = {folder: folder.split("/") for folder in folders}
+    places = {folder: place for folder in folders if (place := _split_place(folder)) is not None}
     if not places:
         return _with_splits_of_files(found)
-    folders = {"/".join(path.split("/")[: place + 1]) for path, place in places.items()}
-    options = {folder: splits_in(os.path.basename(folder)) for folder in sorted(folders)}
-    splits = frozenset[str]().union(*options.values())
-    unused = [path for path in found.images if path not in places]
-    others = sorted({path.split("/")[0] for path in unused if "/" in path} - {path.split("/")[0] for path in folders})
-    doubtful = [folder for folder in options if len(options[folder]) > 1]
-    if not doubtful and len(splits) == 1 and any("/" in path for path in unused):
-        doubtful = list(options)
+    own = {folder: parts[folder][place] for folder, place in places.items()}
+    splits = _NONE.union(*map(splits_in, own.values()))
+    doubtful = {folder: place for folder, place in places.items() if len(splits_in(own[folder])) > 1}
+    others = {parts[folder][0] for folder in folders if folder and folder not in places}
+    if not doubtful and len(splits) == 1 and others:
+        doubtful = places
+    named = sorted({"/".join(parts[folder][: place + 1]) for folder, place in doubtful.items()})
     # A train is also a class of pictures, and where no folder reads like another split none can leak.
-    are_classes = splits == {"train"} and len(others) > 1 and all(path.count("/") == 1 for path in found.images)
+    are_classes = splits == {"train"} and len(others) > 1 and not any("/" in folder for folder in folders)
     if doubtful and (is_glob or are_classes):
-        _logger.warning("%s: no split, but taken for a folder like the others: %s", found.name, ", ".join(doubtful))
+        _logger.warning("%s: no split, but taken for a folder like the others: %s", found.name, ", ".join(named))
         return found
     if doubtful:
-        beside = f" beside {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
-        meant = " or ".join(sorted(frozenset[str]().union(*(options[folder] for folder in doubtful))))
+        others -= {parts[folder][0] for folder in doubtful}
+        beside = f" beside {', '.join(sorted(others)[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
+        meant = " or ".join(sorted(_NONE.union(*(splits_in(own[folder]) for folder in doubtful))))
         raise InputError(
-            f"data.dataset: in {found.name}, {', '.join(doubtful[:5])}{beside} may be a split ({meant}) or not; name "
-            f"the folder to train on, rename it, or write {found.root}/*/* if each folder is a class"
+            f"data.dataset: in {found.name}, {', '.join(named[:5])}{beside} may be a split ({meant}) or not; name "
+            f"the folder to train on, rename it, or write {found.root}/**/* if it is one like the others"
         )
-    parts = {path: path.split("/") for path in places}
-    common = common_folders([tuple(parts[path][:place]) for path, place in places.items()])
-    class_paths = {
-        path: "/".join(parts[path][common:place] + parts[path][place + 1 :]) for path, place in places.items()
+    common = common_folders([tuple(parts[folder][:place]) for folder, place in places.items()])
+    found.class_folders = {
+        folder: "/".join(parts[folder][common:place] + parts[folder][place + 1 :]) for folder, place in places.items()
     }
-    own = {path: parts[path][place] for path, place in places.items()}
+    found.unused = [path for path in found.images if os.path.dirname(path) not in places]
     names = [split for split in SPLITS if split in splits]
-    members = {split: [path for path in places if split in splits_in(own[path])] for split in names}
-    for name in sorted(set(own.values()) - set(names)):
-        members[name] = [path for path in places if own[path] == name]
-    found.splits, found.unused, found.class_paths = members, unused, class_paths
+    for name in (*names, *sorted(set(own.values()) - set(names))):
+        of_split = {folder for folder in places if name == own[folder] or name in splits_in(own[folder])}
+        found.splits[name] = [path for path in found.images if os.path.dirname(path) in of_split]
     return found
 
 
 def _with_splits_of_files(found: ImageFolder) -> ImageFolder:
     """Splits by the names of the files where all have that of a split."""
-    of_file = {path: splits_in(os.path.basename(path)) - {"unlabeled"} for path in found.images}
-    named = {path: splits for path, splits in of_file.items() if splits}
-    splits = frozenset[str]().union(*named.values())
+    named = {path: names for path in found.images if (names := splits_in(os.path.basename(path)) - {"unlabeled"})}
+    splits = _NONE.union(*set(named.values()))
     if not splits - {"train"}:
         return found
-    if len(named) == len(found.images) and all(len(options) == 1 for options in named.values()):
+    if len(named) == len(found.images) and all(len(names) == 1 for names in named.values()):
         found.splits = {name: [path for path in named if name in named[path]] for name in SPLITS if name in splits}
         return found
     examples = ", ".join(next(path for path in named if split in named[path]) for split in sorted(splits))
+    count = f"{len(named)} of {len(found.images)} files are named like splits"
     if "train" in splits and 2 * len(named) > len(found.images):
         raise InputError(
-            f"data.dataset: in {found.name}, {len(named)} of {len(found.images)} files are named like splits, such as "
-            f"{examples}; put each split into a folder of its name"
+            f"data.dataset: in {found.name}, {count}, such as {examples}; put each split into a folder of "
+            "its name, or write a pattern of the files to train on"
         )
-    _logger.warning(
-        "%s: %d of %d files are named like splits (%s), and are taken for images like the others",
-        found.name,
-        len(named),
-        len(found.images),
-        examples,
-    )
+    _logger.warning("%s: %s (%s), and are taken for images like the others", found.name, count, examples)
     return found

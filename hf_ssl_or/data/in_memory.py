@@ -32,7 +32,7 @@ class ListSource:
 
     def __init__(
         self,
-        images: Sequence[Any],
+        images: Sequence[Any] | np.ndarray,
         labels: Sequence[Any] | np.ndarray | torch.Tensor | None = None,
         *,
         name: str = "images",

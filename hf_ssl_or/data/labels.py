@@ -35,10 +35,10 @@ def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tupl
     if array.dtype.kind == "f" and np.isnan(array).any():
         return None, None
     if names is not None:
-        if array.dtype.kind not in "iu" or array.max() >= len(names):
-            raise InputError(
-                f"data.label_column: {array.max()!s} is not one of {len(names)} classes, 0 to {len(names) - 1}"
-            )
+        are_numbers = array.dtype.kind in "iu"
+        if not are_numbers or array.max() >= len(names):
+            wrong = array.max() if are_numbers else array[0]
+            raise InputError(f"data.label_column: {wrong} is not one of {len(names)} classes, 0 to {len(names) - 1}")
         return array.astype(np.int64), names
     kinds, labels = np.unique(array, return_inverse=True)
     return labels.astype(np.int64), [str(kind) for kind in kinds]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 
 from datasets import data_files
 
@@ -13,18 +12,21 @@ _KEYWORDS = {str(split): tuple(words) for split, words in data_files.SPLIT_KEYWO
 _UNLABELED = {"unlabeled": ("unlabeled", "unlabelled")}
 SPLITS = (*_KEYWORDS, *_UNLABELED)
 _WORDS = {word: split for split, words in (_KEYWORDS | _UNLABELED).items() for word in words}
-_EDGE = f"[{data_files.NON_WORDS_CHARS}]"
-_PATTERN = re.compile(rf"(?:^|(?<={_EDGE}))({'|'.join(_WORDS)})(?=$|{_EDGE})", re.I)
+_NONE: frozenset[str] = frozenset()
+_EDGES = "-._ 0123456789"  # what the library writes as "-._ 0-9"
+_PATTERN = re.compile(f"({'|'.join(_WORDS)})(?=$|[{_EDGES}])")
 
 
-@lru_cache(100_000)
 def splits_in(name: str) -> frozenset[str]:
     """Returns the splits that the name of a folder or file reads like: "train" for "Training" and "cats-train_2020".
 
     The rule is that of the `datasets` library, in upper case as well: a keyword between the ends of the name, digits,
     and the signs "-._ ".
     """
-    return frozenset(_WORDS[word.lower()] for word in _PATTERN.findall(name))
+    name = name.lower()
+    # The edge before a word is looked at last: millions of names are searched, and most have no word.
+    found = [word for word in _PATTERN.finditer(name) if not word.start() or name[word.start() - 1] in _EDGES]
+    return frozenset(_WORDS[word[1]] for word in found) if found else _NONE
 
 
 def library_split(name: str) -> str:
@@ -33,8 +35,11 @@ def library_split(name: str) -> str:
 
 
 def find_split(name: str, splits: Collection[str]) -> str | None:
-    """Returns the one of the splits that is meant: of that name, or else the only one of that name in the library."""
-    same = [name] if name in splits else [split for split in splits if library_split(split) == library_split(name)]
+    """Returns the split that is meant: of that name, of the library's, or the only one of another word for it."""
+    for option in (name, library_split(name)):
+        if option in splits:
+            return option
+    same = [split for split in splits if library_split(split) == library_split(name)]
     return same[0] if len(same) == 1 else None
 
 
