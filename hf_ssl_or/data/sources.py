@@ -88,12 +88,12 @@ def list_splits(arguments: DataArguments) -> list[str]:
 def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSource]]:
     """Returns the splits of a data set, and what opens one."""
     dataset, kind = arguments.dataset, _kind(arguments.dataset)
-    train, both = arguments.train_split, [arguments.train_split, arguments.test_split]
+    train, both = arguments.train_split, list(dict.fromkeys((arguments.train_split, arguments.test_split)))
     if kind == "shapes":
-        sizes = {train: arguments.shapes_train, arguments.test_split: arguments.shapes_test}
-        seeds = {split: seed for seed, split in enumerate(sizes)}
-        splits = [split for split, size in sizes.items() if size]
-        return splits, lambda split: ShapesSource(sizes[split], seeds[split], arguments.image_size)
+        sizes = {arguments.test_split: arguments.shapes_test, train: arguments.shapes_train}
+        return [split for split in both if sizes[split]], lambda split: ShapesSource(
+            sizes[split], seed=0 if split == train else 1, size=arguments.image_size
+        )
     if kind == "table":
         tables = load_tables(arguments)
         return list(tables), lambda split: open_table(tables[split], arguments, split)
@@ -103,11 +103,11 @@ def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSou
     pattern = os.path.expanduser(dataset)
     if "{split}" in dataset:
         paths = {split: pattern.replace("{split}", split) for split in both}
-        opened = {split: _open_paths(kind, arguments, path) for split, path in paths.items() if _exists(path)}
-        return list(opened), lambda split: opened[split].source(None)
-    opened_all = _open_paths(kind, arguments, pattern)
-    splits = list(opened_all.splits)
-    return splits or [train], lambda split: opened_all.source(split if splits else None)
+        splits = [split for split in both if _exists(paths[split])]
+        return splits, lambda split: _open_paths(kind, arguments, paths[split]).source(None)
+    opened = _open_paths(kind, arguments, pattern)
+    splits = list(opened.splits)
+    return splits or [train], lambda split: opened.source(split if splits else None)
 
 
 def _open_paths(kind: str, arguments: DataArguments, path: str) -> ImageFolder | ImageList:
