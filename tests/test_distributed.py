@@ -106,11 +106,16 @@ def batch_norm(views: int, affine: bool, plain: bool = False) -> dict[str, Tenso
 
 
 def training(
-    name: str, views: int, per_view: bool = False, chunks: int = 1, make_encoder: Callable[[], nn.Module] = Encoder
+    name: str,
+    views: int,
+    per_view: bool = False,
+    chunks: int = 1,
+    make_encoder: Callable[[], nn.Module] = Encoder,
+    **settings: object,
 ) -> dict[str, Tensor]:
     """Losses, gradients and the state after steps of a method under DDP."""
     torch.manual_seed(0)
-    config = get_method(name).config_class(**small_settings(name))
+    config = get_method(name).config_class(**small_settings(name) | settings)
     method = get_method(name)(make_encoder(), config, num_views=views, batch_size=N)
     distributed.use_global_batch_norm(method.double().train(), N // distributed.world_size() if per_view else None)
     method.prepare_accumulation(chunks)
@@ -134,6 +139,8 @@ CHECKS = {
     "collectives": collectives,
     **{f"batch_norm-{v}-{a}": partial(batch_norm, v, a) for v in (1, 3) for a in (True, False)},
     **{f"{name}-{views}": partial(training, name, views) for name in ("barlow_twins", "byol") for views in (2, 3)},
+    "barlow_twins-all_views": partial(training, "barlow_twins", 3, standardize="all_views"),
+    "swav-sharp": partial(training, "swav", 2, epsilon=0.005),
     "byol-per_view": partial(training, "byol", 3, per_view=True),
     "byol-recomputed": partial(training, "byol", 2, chunks=4, make_encoder=resnet),
 }

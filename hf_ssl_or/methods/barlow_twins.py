@@ -1,14 +1,19 @@
 """Barlow Twins (Zbontar et al., ICML 2021): views agree in each dimension, and dimensions do not repeat each other.
 
-With x_v the projections of view v, standardised over the batch of N images, and C(a, b) = a^T b / N:
+With x_v the projections of view v, standardized over the batch of N images, and C(a, b) = a^T b / N:
 
     V = 2:  sum_i (C(x_1, x_2)_ii - 1)^2 + beta sum_{i != j} C(x_1, x_2)_ij^2
     V > 2:  mean_v sum_i (C(x_v, m)_ii - 1)^2 + beta sum_{i != j} C(m, m)_ij^2,  m the mean of the views
 
-The second line is the multi-view loss of Ghosh et al. (NeurIPS 2024, eq. 10) as in their code: one product of matrices
-in place of V (V - 1) / 2. As C(x_v, x_v)_ii = 1, its first sum is ((V - 1) / V)^2 times that of each view against the
+The second line is how the code of Ghosh et al. (NeurIPS 2024) takes more than two views: one product of matrices in
+place of V (V - 1) / 2. With C(x_v, x_v)_ii = 1, its first sum is ((V - 1) / V)^2 times that of each view against the
 mean of the other views, which at V = 2 would be the first line's. Its second sum, of an auto-correlation, is not the
 first line's at V = 2 under any factor, so two views keep the published loss.
+
+`standardize: per_view` is that of Zbontar et al.: each view by itself, with the biased variance plus 1e-5. The code of
+Ghosh et al. standardizes all views together, two views too: `standardize: all_views` takes the mean and the unbiased
+variance of each dimension over all V N projections, so it also matters how means and variances of the views differ.
+Their network scales projections to unit length before that, which neither setting does.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from hf_ssl_or.methods.terms import full_precision, product_split, standardise
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
+Standardize = Literal["per_view", "all_views"]
+
 
 @settings
 class Config(ProjectorConfig):
@@ -34,6 +41,8 @@ class Config(ProjectorConfig):
     Attributes:
         beta: Weight of the off-diagonal term; "auto" follows D, see `auto_beta`.
         scale: Factor on the whole loss; matters beside weight decay and penalties.
+        standardize: Over which projections mean and variance are taken: of each view ("per_view"), or of all views
+            together ("all_views", the code of Ghosh et al.).
     """
 
     projector_hidden: int = 256  # small projectors: hidden = D; solo-learn, CIFAR: 2048
@@ -41,6 +50,7 @@ class Config(ProjectorConfig):
     projector_layers: int = 2  # the paper: 3
     beta: float | int | Literal["auto"] = "auto"  # the paper: 0.0051
     scale: float | int = 1.0  # solo-learn, with LARS: 0.1
+    standardize: Standardize = "per_view"  # the paper; solo-learn; Ghosh et al.: all_views
 
     def validate_ranges(self) -> None:
         """Checks that sizes and weights make sense."""
@@ -55,21 +65,31 @@ def auto_beta(dim: int) -> float:
 
 
 @full_precision
-def barlow_twins_loss(z_VND: Tensor, beta: float, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss and its unweighted terms, from the projections of the global batch."""
-    views, images = z_VND.shape[:2]
-    if views == 2 and images < z_VND.shape[-1]:
+def barlow_twins_loss(
+    z_VND: Tensor, beta: float, scale: float = 1.0, standardize: Standardize = "per_view"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss and its unweighted terms, from the projections of the global batch; see `Config`."""
+    views, images, dim = z_VND.shape
+    if views == 2 and images < dim and standardize == "per_view":
         diagonal_VD, off_diagonal = _CrossCorrelation.apply(z_VND)
-    elif views == 2:
-        diagonal_VD, off_diagonal = product_split(*standardise(z_VND))
     else:
-        x_VND = torch.stack(standardise(z_VND))
-        mean_ND = x_VND.mean(0)
-        diagonal_VD = (x_VND * mean_ND).sum(1)
-        off_diagonal = product_split(mean_ND, mean_ND)[1]
+        x = standardise(z_VND) if standardize == "per_view" else _standardize_together(z_VND)
+        if views == 2:
+            diagonal_VD, off_diagonal = product_split(*x)
+        else:
+            x_VND = torch.stack(x)
+            mean_ND = x_VND.mean(0)
+            diagonal_VD = (x_VND * mean_ND).sum(1)
+            off_diagonal = product_split(mean_ND, mean_ND)[1]
     invariance = (diagonal_VD / images - 1).square().sum(-1).mean()
     redundancy = off_diagonal / images**2
     return scale * (invariance + beta * redundancy), {"invariance": invariance, "redundancy": redundancy}
+
+
+def _standardize_together(z_VND: Tensor) -> tuple[Tensor, ...]:
+    """Returns the views with zero mean and unit (unbiased) variance of every dimension over all of them."""
+    std_D, mean_D = torch.std_mean(z_VND, dim=(0, 1))
+    return ((z_VND - mean_D) / std_D.clamp_min(torch.finfo(z_VND.dtype).eps)).unbind()  # a constant stays finite
 
 
 class _CrossCorrelation(torch.autograd.Function):
@@ -136,4 +156,4 @@ class Method(ProjectionMethod):
 
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
-        return barlow_twins_loss(z_VND, self.beta, self.config.scale)
+        return barlow_twins_loss(z_VND, self.beta, self.config.scale, self.config.standardize)

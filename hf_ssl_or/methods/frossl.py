@@ -14,6 +14,7 @@ number. |C|_F is that of u u^T as well, so the smaller of the D x D and the N x 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,7 +50,9 @@ def frossl_loss(z_VND: Tensor, invariance_weight: float = 1.0) -> tuple[Tensor, 
     unit_VND = F.normalize(z_VND, dim=1)
     diagonal_VD, off_diagonal_V = product_split(unit_VND, unit_VND)
     square_V = off_diagonal_V + diagonal_VD.square().sum(-1)
-    log_norm = (square_V.log() - 2 * diagonal_VD.sum(-1).log()).sum()  # a trace is D, unless a dimension is all 0
+    trace_V = diagonal_VD.sum(-1)  # D, unless a dimension is all 0
+    tiny = torch.finfo(trace_V.dtype).tiny  # a view that is all 0 has log 1, as one with all images in one place
+    log_norm = (square_V.clamp_min(tiny).log() - trace_V.square().clamp_min(tiny).log()).sum()
     invariance = views / images * (unit_VND - unit_VND.mean(0)).square().sum()
     return log_norm + invariance_weight * invariance, {"log_norm": log_norm, "invariance": invariance}
 

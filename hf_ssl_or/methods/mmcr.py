@@ -61,7 +61,8 @@ def polar_factor(x: Tensor) -> Tensor:
     """
     limits = torch.finfo(x.dtype)
     y = x.reshape(-1, *x.shape[-2:])
-    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(limits.tiny)
+    y = y / y.abs().amax((-2, -1), keepdim=True).clamp_min(limits.tiny)  # else the squares of small numbers vanish
+    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(1)
     low = limits.eps / 16
     while 1 - low > 2 * limits.eps:
         a = min(math.sqrt(3 / (1 + low + low**2)), 1.69770248526)

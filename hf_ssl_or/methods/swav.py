@@ -70,10 +70,11 @@ class Config(ProjectorConfig):
 @torch.no_grad()
 @full_precision
 def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Gives each of N images a code over K prototypes, such that all prototypes are used alike.
+    """Returns for each of N images a code over K prototypes, such that all prototypes are used alike.
 
     Alternately gives all prototypes the same total and all images the total 1 (Cuturi, NeurIPS 2013), the images last.
-    Each image's scores are taken beside its largest, so that a small epsilon does not overflow.
+    Both are done to logarithms, in float64: with a small epsilon, exponentials of similar images or of prototypes that
+    no image is near leave the range of any floating-point type, and rounding errors grow by 1 / epsilon.
 
     Args:
         scores_NK: Similarities, (..., N, K); leading dimensions are problems of their own.
@@ -83,14 +84,10 @@ def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> T
     Returns:
         Codes of the same shape without gradient, each with sum 1.
     """
-    largest_N1 = scores_NK.amax(-1, keepdim=True)
-    codes_NK = (scores_NK - largest_N1).div_(epsilon).exp_()
-    images_N1 = ((largest_N1 - largest_N1.amax(-2, keepdim=True)) / epsilon).exp_()
-    share = scores_NK.shape[-2] / scores_NK.shape[-1]  # of images that a prototype gets
-    for _ in range(iterations):  # of the factors of rows and columns alone
-        prototypes_1K = share / (images_N1.mT @ codes_NK).clamp_min(torch.finfo(codes_NK.dtype).tiny)
-        images_N1 = (codes_NK @ prototypes_1K.mT).reciprocal()
-    return codes_NK.mul_(prototypes_1K).mul_(images_N1)
+    log_codes_NK = scores_NK.double() / epsilon
+    for _ in range(iterations):  # the total of each prototype is 1, not N / K: the images' totals are set after it
+        log_codes_NK = log_codes_NK.log_softmax(-2).log_softmax(-1)
+    return log_codes_NK.exp().to(scores_NK.dtype)
 
 
 class Method(ProjectionMethod):

@@ -5,8 +5,9 @@ For two batches a and b of N projections, with `var` and `cov` over the batch (u
     L(a, b) = 25 mean (a - b)^2 + 25 (h(a) + h(b)) / 2 + 1 (c(a) + c(b))
     h(a) = mean_i max(0, 1 - sqrt(var(a)_i + 1e-4)),   c(a) = sum_{i != j} cov(a)_ij^2 / D
 
-V views: the mean over v of L(z_v, mean of the other views), as in the code of Ghosh et al. (NeurIPS 2024). Two views
-give the mean of L(z_1, z_2) and L(z_2, z_1), which is the published loss. The cost is V such losses in place of V^2.
+V views: the mean over v of L(z_v, mean of the other views), as in the code of Ghosh et al. (NeurIPS 2024), but for the
+1e-4, which it leaves out. Two views give the mean of L(z_1, z_2) and L(z_2, z_1), which is the published loss. The
+cost is V such losses in place of V^2.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ MAX_ASPECT = 100  # of the longer side to the shorter one
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 _NUMPY, _ZIP, _TIFF = b"\x93NUMPY", b"PK\x03\x04", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PIL_TIFF_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB")
+_BITS_PER_SAMPLE = 258  # a TIFF tag
 _RUNS_PROGRAMS = ("EPS", "WMF")  # formats that Pillow hands to other programs
 _INTEGERS: dict[str, tuple[int, int]] = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767)}
 
@@ -294,7 +295,8 @@ def upright_size(image: Any) -> tuple[int, int] | None:
     if not isinstance(image, Image.Image):
         return None
     width, height = image.size
-    return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # Pillow turns TIFF itself
+    return (width, height) if turned else (height, width)
 
 
 def _from_pil(image: Image.Image, num_channels: int, least: int | None) -> np.ndarray:
@@ -409,12 +411,12 @@ def open_image(file: str | os.PathLike[str] | bytes | memoryview) -> Image.Image
         raise ValueError("no kind of image that the installed libraries read") from None
     if image.format in _RUNS_PROGRAMS:
         raise ValueError(f"{image.format} files are not read: another program would run; convert it to PNG")
-    mode = str(image.tile[0].args) if image.tile else ""
-    if image.format == "PNG" and "16B" in mode and not image.mode.startswith("I"):
+    raw = str(image.tile[0].args) if image.tile else ""  # how the file stores pixels, in Pillow's words
+    if ";16" not in raw and not (image.format == "PPM" and "(" in raw) or image.mode.startswith(("I", "F")):
+        return image
+    if image.format == "PNG":
         return _open_deep_png(content)
-    if image.format == "PPM" and image.mode == "RGB" and isinstance(image.tile[0].args, tuple):
-        raise ValueError("a color PPM of more than 8 bits, of which Pillow keeps 8; convert it to PNG or TIFF")
-    return image
+    raise ValueError(f"a color {image.format} of more than 8 bits, of which Pillow keeps 8; convert it to PNG or TIFF")
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
@@ -453,7 +455,8 @@ def _open_tiff(content: bytes) -> Image.Image | np.ndarray:
     """Opens 8-bit TIFF of one page with Pillow, all others with tifffile: Pillow cannot say their type."""
     try:
         image: Any = Image.open(io.BytesIO(content))
-        if image.mode in _PIL_TIFF_MODES and getattr(image, "n_frames", 1) == 1:
+        bits = np.max(image.tag_v2.get(_BITS_PER_SAMPLE, 1))
+        if image.mode in _PIL_TIFF_MODES and bits <= 8 and image.n_frames == 1:
             return cast(Image.Image, image)
     except UnidentifiedImageError:
         image = None

@@ -190,15 +190,20 @@ class SSLModel(SSLPreTrainedModel):
 
 
 class _Recomputed:
-    """A block for `checkpoint`: the first call is plain, later ones leave BatchNorm's running statistics alone."""
+    """A block for `checkpoint`: the first call is plain, later ones leave BatchNorm's running statistics alone.
+
+    In a compiled graph there is one call: what backward recomputes are the block's products, not its side effects.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.ran = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.block(x)
         if not self.ran:
-            self.ran = not torch.compiler.is_compiling()
+            self.ran = True
             return self.block(x)
         with _statistics_kept(self.block):
             return self.block(x)

@@ -6,11 +6,26 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_ssl import SSLViTConfig
 from .modeling_ssl import SSLBackbone, SSLForImageClassification, SSLModel
+
+
+class EmbeddingVisionTransformer(VisionTransformer):
+    """timm's net, a call of which may end before the first block.
+
+    Class token and positions are parameters of the net itself, and where accelerate offloads them they are there
+    during a call of the net alone.
+    """
+
+    def forward(self, x: Tensor, *args: Any, embed_only: bool = False, **kwargs: Any) -> Tensor:
+        """Runs timm's forward on images (B, C, H, W), or returns the tokens that the first block gets."""
+        if not embed_only:
+            return super().forward(x, *args, **kwargs)
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
 
 class SSLViTModel(SSLModel):
@@ -20,21 +35,26 @@ class SSLViTModel(SSLModel):
     _no_split_modules = ["Block"]
     _supports_sdpa = True
 
+    @staticmethod
+    def build_timm_model(config: Any) -> nn.Module:
+        """Builds the net with timm's own initialisation."""
+        net = SSLModel.build_timm_model(config)
+        net.__class__ = EmbeddingVisionTransformer
+        return net
+
     def get_input_embeddings(self) -> nn.Module:
         """Gives the layer that images enter by."""
         return self.timm_model.patch_embed
 
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """Gives the tokens of images (B, C, H, W) with their positions (B, tokens, hidden_size)."""
-        net = self.timm_model
         height, width = pixel_values.shape[-2:]
         size, patch = self.config.image_size, self.config.patch_size
         if not interpolate_pos_encoding and (height, width) != (size, size):
             raise ValueError(f"pixel_values: images of {height}x{width}, expected {size}x{size}")
         if height % patch or width % patch:
             raise ValueError(f"pixel_values: {height}x{width} is not a multiple of the patch size {patch}")
-        tokens = net._pos_embed(net.patch_embed(pixel_values))
-        return net.norm_pre(net.patch_drop(tokens))
+        return self.timm_model(pixel_values, embed_only=True)
 
     def keep_patches(self, x: Tensor, kept_patches: Tensor) -> Tensor:
         """Gives the prefix tokens and the patches of indices (B, kept): (B, prefix + kept, hidden_size)."""

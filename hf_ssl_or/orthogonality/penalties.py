@@ -76,7 +76,7 @@ def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
     u_R = v_R / v_R.norm(dim=-1, keepdim=True)
     for _ in range(iterations - 1):
         product_R = _deviate(a_RC, u_R)
-        u_R = product_R / product_R.norm(dim=-1, keepdim=True)
+        u_R = product_R / _positive(product_R.norm(dim=-1, keepdim=True))
     return _deviate(a_RC, u_R).norm(dim=-1)
 
 
@@ -128,11 +128,11 @@ def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tup
     inputs, lengths = [v_LR / v_LR.norm(dim=-1, keepdim=True)], []
     for _ in range(iterations - 1):
         product_LR = _deviate(a_LRC, inputs[-1])
-        lengths.append(product_LR.norm(dim=-1, keepdim=True))
+        lengths.append(_positive(product_LR.norm(dim=-1, keepdim=True)))
         inputs.append(product_LR / lengths[-1])
     product_LR = _deviate(a_LRC, inputs[-1])
     value_L1 = product_LR.norm(dim=-1, keepdim=True)
-    outputs = [product_LR / value_L1]  # gradients of the products M u, last product first
+    outputs = [product_LR / _positive(value_L1)]  # gradients of the products M u, last product first
     back_LR = _deviate(a_LRC, outputs[0]) - value_L1 * inputs[-1]
     for length_L1 in reversed(lengths):
         outputs.append(back_LR / length_L1)
@@ -236,7 +236,8 @@ def _deviation_and_product(w_LOI: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     On a CPU, one matrix after the other through oneDNN, which uses all of the vector unit where torch's own products,
     by MKL, do not: they run at half the speed on AMD's processors.
     """
-    if w_LOI.device.type == "cpu" and w_LOI.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    onednn = w_LOI.device.type == "cpu" and w_LOI.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if onednn and w_LOI.numel():  # it kills the process over an empty matrix
         rows = min(w_LOI.shape[1:])
         m_LRR, product_LOI = w_LOI.new_empty(len(w_LOI), rows, rows), torch.empty_like(w_LOI)
         for w_OI, m_RR, product_OI in zip(w_LOI, m_LRR, product_LOI, strict=True):
@@ -267,6 +268,11 @@ def _low_rank(x_LRQ: Tensor, y_LCQ: Tensor, w_LOI: Tensor) -> Tensor:
 def _multiply(a_RC: Tensor, v_C: Tensor) -> Tensor:
     """A v, as a row times A^T: torch has a fast product on a CPU for stacks of rows, not for stacks of columns."""
     return (v_C[..., None, :] @ a_RC.mT)[..., 0, :]
+
+
+def _positive(length: Tensor) -> Tensor:
+    """Keeps 0 / 0 away where G is the identity exactly: M v is 0 then, and so are the estimate and its gradient."""
+    return length.clamp_min(torch.finfo(length.dtype).tiny)
 
 
 def _deviate(a_RC: Tensor, v_R: Tensor) -> Tensor:

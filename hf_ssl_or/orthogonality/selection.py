@@ -2,7 +2,7 @@
 
 Every convolution and linear weight, seen as (out, in * kh * kw). A grouped convolution is as many matrices as it has
 groups, because groups share neither inputs nor outputs. With `split_qkv` a fused attention weight (3 * d, d) is three
-matrices. Norms, biases, tokens and position tables are never among them.
+matrices. Norms, biases, tokens, position tables and weights without inputs or outputs are never among them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def select_sites(encoder: nn.Module, config: OrthogonalityConfig) -> list[Site]:
     sites = [
         Site(name, layer, _parts(name, layer, config.split_qkv))
         for name, layer in layers.items()
-        if name in included and name not in excluded
+        if name in included and name not in excluded and layer.weight.numel()
     ]
     if not sites:
         raise InputError("orthogonality: no convolution or linear weight is selected; see include and exclude")

@@ -25,7 +25,7 @@ class TrainingArguments:
         optimizer: The optimizer and its learning-rate schedule.
         max_grad_norm: Clips the gradient, penalty included, to this norm; None leaves it.
         mixed_precision: "bf16" or "fp16" autocast; losses, penalties and statistics stay in float32.
-        device: "auto" takes a GPU if there is one.
+        device: "auto" takes a GPU if there is one and the launcher does not forbid it.
         channels_last: Memory format of the encoder and its images.
         compile: Compiles the encoder with `torch.compile`.
         sharding: "full": each process holds a part of every weight, gradient, teacher and optimizer state (FSDP2), and

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError, NonFiniteLossError
+from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
@@ -309,8 +310,19 @@ class Trainer:
 
 
 def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerator:
-    """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway)."""
-    cpu = arguments.device == "cpu" or not torch.cuda.is_available()
+    """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway).
+
+    What it would take from the environment is given here, since the recipe alone decides.
+
+    Raises:
+        InputError: The environment or the hardware does not go with the recipe.
+    """
+    cpu = arguments.device == "cpu" or not torch.cuda.is_available() or cpu_is_forced()
+    refuse_launcher_settings(
+        device="cpu" if cpu else "cuda",
+        mixed_precision=arguments.mixed_precision,
+        accumulation_steps=arguments.gradient_accumulation_steps,
+    )
     if arguments.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")
     if cpu:
@@ -318,6 +330,8 @@ def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerato
     return Accelerator(
         cpu=cpu,
         mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend=DynamoBackend.NO,
         log_with=list(arguments.trackers) or None,
         project_dir=str(run_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],

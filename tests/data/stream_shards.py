@@ -23,8 +23,8 @@ def picture(row: int) -> bytes:
     return file.getvalue()
 
 
-def rows_of(images_BCHW) -> list[int]:
-    red, green, blue = images_BCHW[:, :, 0, 0].long().T
+def rows_of(images_BHWC) -> list[int]:
+    red, green, blue = images_BHWC[:, 0, 0].long().T
     return (red << 16 | green << 8 | blue).tolist()
 
 

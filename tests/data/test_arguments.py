@@ -17,7 +17,13 @@ from hf_ssl_or.errors import InputError
         ({"fraction": 1.5}, "data.fraction: more than 0 and at most 1"),
         ({"max_corrupt": 1}, "data.max_corrupt: a share"),
         ({"mean": [0.5, 0.5, 0.5]}, "give both or neither"),
-        ({"mean": [0.5], "std": [0.2]}, "data.mean: three numbers"),
+        ({"mean": [0.5], "std": [0.2, 0.3]}, "data.mean, data.std: one number per channel"),
+        ({"crop_pct": 0}, "data.crop_pct: more than 0"),
+        ({"crop_pct": 1.2}, "data.crop_pct: more than 0 and at most 1"),
+        ({"holdout": 0}, "data.holdout: a share"),
+        ({"value_range": [5, 5]}, "data.value_range: 'dtype' or two finite numbers"),
+        ({"value_range": [0, float("inf")]}, "data.value_range: 'dtype' or two finite numbers"),
+        ({"value_range": [0, 1, 2]}, "data.value_range: 'dtype' or two finite numbers"),
         ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "data.std: more than 0"),
         ({"shapes_train": 1}, "data.shapes_train: at least 2"),
     ],
@@ -27,7 +33,10 @@ def test_bad_settings_name_the_field(settings, message):
         DataArguments(**{"dataset": "shapes", **settings})
 
 
-@pytest.mark.parametrize("settings", [{"image_size": "32"}, {"cache": "maybe"}, {"fraction": "half"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"value_range": "all"}, {"image_size": "32"}, {"cache": "maybe"}, {"fraction": "half"}],
+)
 def test_wrong_types_are_refused(settings):
     with pytest.raises(Exception, match=next(iter(settings))):
         DataArguments(dataset="shapes", **settings)

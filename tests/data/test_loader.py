@@ -4,26 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 VIEW = ViewSpec(blur=0.5, solarize=0.2)
 LOCAL = ViewSpec(size=6, crop_scale=(0.05, 0.3))
 
 
-def image_set(n: int = 50, side: int = 12, image_size: int = 12, labelled: bool = True) -> ImageSet:
-    images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return ImageSet(
-        images=images,
-        labels=torch.arange(n) % 5 if labelled else None,
-        class_names=None,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
+def image_set(n: int = 50, side: int | None = 12, labelled: bool = True) -> ImageSet:
+    """Noise; with no side, images of many sizes, whose crops are cut on the host."""
+    rng = np.random.default_rng(0)
+    sizes = [(side, side) if side else (int(rng.integers(9, 40)), int(rng.integers(9, 40))) for _ in range(n)]
+    return ImageSet.from_arrays(
+        [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes],
+        torch.arange(n) % 5 if labelled else None,
         name="noise",
-        fingerprint="noise",
-        image_size=image_size,
+        preprocessing=Preprocessing(image_size=12, mean=(0.5,) * 3, std=(0.25,) * 3),
     )
 
 
@@ -66,7 +65,7 @@ def test_an_incomplete_batch_is_dropped():
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("side", [12, 17, 26])
+@pytest.mark.parametrize("side", [12, 17, 26, None])
 def test_the_processes_batches_together_are_the_single_process_batch(world_size, side):
     """Bit by bit, across the border of an epoch."""
     images = image_set(side=side)
@@ -78,10 +77,11 @@ def test_the_processes_batches_together_are_the_single_process_batch(world_size,
             assert torch.equal(joined, getattr(batch, name)), name
 
 
-def test_any_step_can_be_the_first():
-    straight = list(loader(image_set()).batches(0, 14))
+@pytest.mark.parametrize("side", [12, None])
+def test_any_step_can_be_the_first(side):
+    straight = list(loader(image_set(side=side)).batches(0, 14))
     for start in (1, 6, 13):
-        resumed = list(loader(image_set()).batches(start, 14))
+        resumed = list(loader(image_set(side=side)).batches(start, 14))
         assert len(resumed) == 14 - start
         for first, second in zip(straight[start:], resumed, strict=True):
             assert_equal(first, second)
@@ -97,7 +97,7 @@ def test_views_and_epochs_and_seeds_differ():
     assert not torch.equal(first.index_B, other.index_B)
 
 
-def test_local_views_draw_numbers_of_their_own():
+def test_local_views_sample_numbers_of_their_own():
     batch = next(loader(image_set(), local_views=[VIEW]).batches(0, 1))
     for view in batch.views_VBCHW:
         assert not torch.equal(view, batch.local_views_VBCHW[0])

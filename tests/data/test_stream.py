@@ -15,9 +15,9 @@ from PIL import Image
 
 from hf_ssl_or.data import shards as shards_module
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.data.loader import ViewLoader
-from hf_ssl_or.data.stream import ShardedImageSet
+from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.stream import StreamingImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import ViewSpec
 from tests.data.range_server import RangeServer
@@ -41,16 +41,16 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_TAR_BLOCK", 30_000)  # so that a small tar file has several
 
 
-def stream_set(dataset: str | Path, folder: Path, **more: object) -> ShardedImageSet:
+def stream_set(dataset: str | Path, folder: Path, **more: object) -> StreamingImageSet:
     settings = {"image_size": SIDE, "stream_window_mib": 1, "stream_lanes": 4, "num_workers": 2, **more}
     images = load_images(
         DataArguments(dataset=str(dataset), streaming=True, cache_dir=str(folder), **settings), "train"
     )
-    assert isinstance(images, ShardedImageSet)
+    assert isinstance(images, StreamingImageSet)
     return images
 
 
-def loader(images: ShardedImageSet, rank: int = 0, world_size: int = 1) -> ViewLoader:
+def loader(images: StreamingImageSet, rank: int = 0, world_size: int = 1) -> ViewLoader:
     plain = ViewSpec(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
     return ViewLoader(images, [plain, ViewSpec()], batch_size=16, seed=3, rank=rank, world_size=world_size)
 
@@ -68,10 +68,10 @@ def places(server: RangeServer) -> dict[str, str]:
 @pytest.mark.parametrize("place", ["folder", "files", "tars", "http files", "http tars"])
 def test_every_image_comes_once_an_epoch_and_is_what_its_index_says(server: RangeServer, tmp_path: Path, place: str):
     images = stream_set(places(server)[place], tmp_path)
-    assert len(images) == N and images.labels is None and images.source_size == SIDE
+    assert len(images) == N and images.labels is None
     run = loader(images)
     steps = [run.indices(step) for step in range(2 * run.steps_per_epoch)]
-    found = [rows_of(batch) for batch in images.stream(steps)]
+    found = [rows_of(batch) for batch in images.square_batches(steps)]
     assert found == [step.tolist() for step in steps]
     for epoch in (found[: len(found) // 2], found[len(found) // 2 :]):
         rows = [row for batch in epoch for row in batch]
@@ -123,18 +123,22 @@ def test_statistics_are_those_of_the_images(server: RangeServer, tmp_path: Path)
 def test_some_of_the_images(server: RangeServer, tmp_path: Path):
     images = stream_set(places(server)["tars"], tmp_path)
     chosen = np.array([200, 3, 3, 150, 0, 226])
-    assert rows_of(images.batch(torch.from_numpy(chosen))) == chosen.tolist()
+    assert rows_of(*images.square_batches([chosen])) == chosen.tolist()
     part = images.subset(chosen)
-    assert rows_of(part.images) == chosen.tolist() and part.mean == images.mean and len(part) == 6
-    sample = rows_of(images.sample(40, "a key").images)
+    assert rows_of(part.squares.dense()) == chosen.tolist() and part.mean == images.mean and len(part) == 6
+    sample = rows_of(images.sample(40, "a key").squares.dense())
     assert len(set(sample)) == 40 and sample == sorted(sample)
-    assert sample == rows_of(images.sample(40, "a key").images) != rows_of(images.sample(40, "another").images)
-    assert rows_of(images.sample(10_000, "all").images) == list(range(N))
+    assert (
+        sample
+        == rows_of(images.sample(40, "a key").squares.dense())
+        != rows_of(images.sample(40, "another").squares.dense())
+    )
+    assert rows_of(images.sample(10_000, "all").squares.dense()) == list(range(N))
 
 
 def test_plain_bytes_and_a_column_of_another_name(tmp_path: Path):
     write_tables(tmp_path / "set", [40], 10, struct=False, column="photo")
-    assert rows_of(stream_set(tmp_path / "set", tmp_path).batch(np.arange(40))) == list(range(40))
+    assert rows_of(*stream_set(tmp_path / "set", tmp_path).square_batches([np.arange(40)])) == list(range(40))
     with pytest.raises(InputError, match="data.image_column 'foto': did you mean 'photo'"):
         stream_set(tmp_path / "set", tmp_path, image_column="foto")
 

@@ -13,8 +13,8 @@ import pytest
 
 from hf_ssl_or.data import remote, shards
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.stream import ShardedImageSet
+from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.stream import StreamingImageSet
 from hf_ssl_or.errors import InputError
 from tests.data.range_server import RangeServer
 from tests.data.stream_shards import SIDE, rows_of, write_tables, write_tars
@@ -34,20 +34,20 @@ def server(tmp_path: Path) -> Iterator[RangeServer]:
         yield running
 
 
-def open_set(dataset: str | Path, folder: Path, **more: object) -> ShardedImageSet:
+def open_set(dataset: str | Path, folder: Path, **more: object) -> StreamingImageSet:
     settings = {"image_size": SIDE, "cache_size": SIDE, "mean": [0.5] * 3, "std": [0.5] * 3}  # nothing is measured
     settings |= {"num_workers": 2, "cache_dir": str(folder / "cache"), **more}
     images = load_images(DataArguments(dataset=str(dataset), streaming=True, **settings), "train")
-    assert isinstance(images, ShardedImageSet)
+    assert isinstance(images, StreamingImageSet)
     return images
 
 
-def tables(server: RangeServer, folder: Path, **more: object) -> ShardedImageSet:
+def tables(server: RangeServer, folder: Path, **more: object) -> StreamingImageSet:
     return open_set(f"{server.url}/train-{{00000..00002}}.parquet", folder, **more)
 
 
-def read_all(images: ShardedImageSet) -> list[int]:
-    return [row for batch in images.stream(np.arange(len(images)).reshape(-1, 8)) for row in rows_of(batch)]
+def read_all(images: StreamingImageSet) -> list[int]:
+    return [row for batch in images.square_batches(np.arange(len(images)).reshape(-1, 8)) for row in rows_of(batch)]
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

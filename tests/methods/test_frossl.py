@@ -55,6 +55,18 @@ def test_the_best_spectrum_is_flat_and_the_scale_of_dimensions_does_not_matter()
     assert frossl_loss(flat + 0.1)[0] > loss
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_a_view_that_vanishes_is_as_one_that_has_collapsed(scale):
+    z_VND = torch.randn(2, 9, 4)
+    z_VND[1] *= scale
+    z_VND.requires_grad_()
+    _, terms = frossl_loss(z_VND)
+    expected = frossl_loss(torch.stack([z_VND[0], torch.ones(9, 4)]))[1]["log_norm"]
+    torch.testing.assert_close(terms["log_norm"], expected)
+    (gradient,) = torch.autograd.grad(terms["log_norm"], z_VND)
+    assert gradient.isfinite().all() and gradient[0].any()
+
+
 def test_a_dimension_that_is_all_zero_is_left_out():
     z_VND = torch.randn(2, 9, 4)
     z_VND[:, :, 0] = 0

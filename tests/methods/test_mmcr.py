@@ -41,6 +41,15 @@ def test_the_nuclear_norm_is_that_of_the_singular_values(shape, spectrum, dtype,
     torch.testing.assert_close(nuclear_norm(x).double(), expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_nuclear_norm_grows_with_the_matrix_where_squares_leave_the_range_of_float32(shape, scale):
+    torch.manual_seed(0)
+    x = (scale * torch.randn(shape, dtype=torch.float64)).float()
+    expected = torch.linalg.matrix_norm(x.double(), ord="nuc")
+    torch.testing.assert_close(nuclear_norm(x).double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("spectrum", "tolerance"), [("even", 1e-12), ("condition 1e4", 1e-10)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_is_the_polar_factor(shape, spectrum, tolerance):

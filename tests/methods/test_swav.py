@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -50,9 +52,31 @@ def test_codes_come_to_use_all_prototypes_alike(images, prototypes):
     assert (codes_NK[0] - codes_NK[1]).abs().max() > 0.01  # and yet they tell images apart
 
 
-def test_sharp_codes_do_not_overflow():
-    codes_NK = sinkhorn(torch.rand(8, 5), 1e-4)
-    torch.testing.assert_close(codes_NK.sum(1), torch.ones(8))
+def reference_sinkhorn(scores_NK, epsilon, iterations):
+    """Potentials of rows and columns, in float64."""
+    log_NK = scores_NK.double() / epsilon
+    images, prototypes = log_NK.shape
+    row_N1 = torch.zeros(images, 1, dtype=torch.float64)
+    for _ in range(iterations):
+        column_1K = math.log(images / prototypes) - (log_NK + row_N1).logsumexp(0, keepdim=True)
+        row_N1 = -(log_NK + column_1K).logsumexp(1, keepdim=True)
+    return (log_NK + row_N1 + column_1K).exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [0.05, 0.01, 0.002, 1e-4])
+@pytest.mark.parametrize("spread", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize(("images", "prototypes"), [(64, 16), (8, 30)])
+def test_codes_of_similar_images_are_exact_for_any_epsilon(images, prototypes, spread, epsilon, dtype):
+    torch.manual_seed(0)
+    z_ND = F.normalize(torch.randn(1, 32) + spread * torch.randn(images, 32), dim=1)
+    weight_KD = F.normalize(torch.randn(prototypes, 32), dim=1)
+    weight_KD[0] = F.normalize(z_ND.mean(0), dim=0)  # one prototype is near all images, the others near none
+    scores_NK = (z_ND @ weight_KD.T).to(dtype)
+    codes_NK = sinkhorn(scores_NK, epsilon, 3)
+    assert codes_NK.dtype == dtype
+    expected = reference_sinkhorn(scores_NK, epsilon, 3).to(dtype)
+    torch.testing.assert_close(codes_NK, expected, rtol=1e-6, atol=1e-12)
 
 
 def lightly_loss(method, batch, queue_VQD=None):

@@ -22,6 +22,7 @@ from hf_ssl_or.models import (
 )
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from tests.models.conftest import CONFIGS
 
 SLIM = [8, 16, 32, 64]
 
@@ -142,6 +143,39 @@ def test_checkpointing_changes_nothing(make_config, reentrant: bool, images_BCHW
     for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
     assert same_weights(plain, frugal)  # running statistics included: they are updated once
+
+
+def three_blocks() -> SSLResNetConfig:
+    return SSLResNetConfig(architecture="wide_resnet28_2", channels=[8, 16, 24], model_args={"layers": [1, 1, 1]})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", [three_blocks, CONFIGS["vit"]], ids=["resnet", "vit"])
+def test_checkpointing_compiles_to_one_graph(config, training: bool, images_BCHW: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(config()).train(training)
+    frugal = copy.deepcopy(plain)
+    frugal.activation_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.reset()
+    compiled = torch.compile(frugal, fullgraph=True, backend="aot_eager")
+    for model in (plain, compiled):
+        model(images_BCHW).pooler_output.square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert same_weights(plain, frugal)  # running statistics included: they are updated once
+
+
+def test_a_compiled_graph_that_breaks_in_a_block_is_checkpointed_all_the_same(images_BCHW: torch.Tensor) -> None:
+    plain = SSLResNetModel(three_blocks()).train()
+    plain.timm_model.stages[1].blocks[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    frugal = copy.deepcopy(plain)
+    frugal.activation_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.reset()
+    for model in (plain, torch.compile(frugal, backend="aot_eager")):
+        model(images_BCHW).pooler_output.square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert same_weights(plain, frugal)
 
 
 def test_checkpointing_by_the_older_name(images_BCHW: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, infer_auto_device_map
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -166,6 +167,24 @@ def test_one_device_map_for_all(model, images_BCHW: torch.Tensor, tmp_path) -> N
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
     assert torch.equal(flat(loaded(images_BCHW).to_tuple())[0], flat(model(images_BCHW).to_tuple())[0])
+
+
+@pytest.mark.parametrize("where", ["disk", "split", "host"])
+def test_offloaded_weights_change_nothing(model, where: str, images_BCHW: torch.Tensor, tmp_path) -> None:
+    expected = flat(model(images_BCHW, output_hidden_states=True).to_tuple())
+    if where == "host":
+        offloaded = cpu_offload(model, execution_device="cpu")
+    else:
+        device_map = {"": "disk"}
+        if where == "split":
+            memory = {"cpu": sum(p.nbytes for p in model.parameters()) // 2, "disk": 10**9}
+            device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+        model.save_pretrained(tmp_path)
+        folder = tmp_path / "offload"
+        offloaded = type(model).from_pretrained(tmp_path, device_map=device_map, offload_folder=folder)
+    assert any(p.is_meta for p in offloaded.parameters())
+    for a, b in zip(flat(offloaded(images_BCHW, output_hidden_states=True).to_tuple()), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_blocks_that_must_not_be_split_exist(model) -> None:

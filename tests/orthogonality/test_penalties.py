@@ -62,6 +62,29 @@ def test_closed_form_equals_autograd(name, shape):
     assert_close(grad, leaf.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 3), (3, 5), (5, 3)])
+def test_the_power_estimate_of_an_orthogonal_matrix_is_zero_with_gradient(shape, iterations, dtype):
+    w_LOI = torch.eye(*shape, dtype=dtype)[None]
+    leaf = w_LOI.clone().requires_grad_()
+    value_L = penalties.srip_power(leaf, torch.ones(1, 3, dtype=dtype), iterations)
+    (wanted,) = torch.autograd.grad(value_L.sum(), leaf)
+    value, grad = penalties.srip_power_and_grad(w_LOI, torch.ones(1, 3, dtype=dtype), iterations)
+    for zero in (value_L, wanted, value, grad):
+        assert torch.equal(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "constant"), [((4, 0), 4), ((0, 4), 4), ((0, 0), 0)])
+def test_sums_over_an_empty_matrix_are_empty(shape, constant, dtype):
+    w_LOI = torch.zeros(2, *shape, dtype=dtype)
+    for name, value in (("so", 0), ("dso", constant)):
+        values, grad = getattr(penalties, f"{name}_and_grad")(w_LOI)
+        assert values.tolist() == getattr(penalties, name)(w_LOI).tolist() == [value, value]
+        assert grad.shape == w_LOI.shape
+
+
 def test_so_gradient_is_the_one_of_the_paper():
     w_OI = matrices((5, 12))[0]
     _, grad = penalties.so_and_grad(w_OI[None])

@@ -129,6 +129,26 @@ def test_penalty_and_add_gradients_agree(penalty, fresh_start, memory_format, no
             assert got[name].stride() == encoder.get_parameter(name).stride()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fresh_start", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_layers_without_inputs_or_outputs_change_nothing(penalty, normalize, fresh_start, dtype):
+    plain = small_encoder(dtype)
+    empty = nn.Linear(0, 4), nn.Linear(4, 0), nn.Conv2d(0, 4, 3), nn.Conv2d(4, 0, 3)
+    encoder = nn.Sequential(*plain, *empty).to(dtype)
+    settings = {"penalty": penalty, "normalize": normalize, "fresh_start": fresh_start}
+    reg, wanted = regularize(encoder, **settings), regularize(plain, **settings)
+    assert reg.names == wanted.names
+    assert reg.penalty() == wanted.penalty()
+    assert reg.errors() == wanted.errors()
+    assert reg.add_gradients() == wanted.add_gradients()
+    reg.advance()
+    assert reg.state_dict().keys() == wanted.state_dict().keys()
+    assert all(layer.weight.grad is None for layer in empty)
+
+
 def test_the_sum_is_over_all_matrices_of_the_encoder():
     encoder = small_encoder()
     names = ["0.weight", "2.weight", "3.weight", "6.weight", "8.weight"]

@@ -81,3 +81,13 @@ def test_matrices_are_views_and_updates_return_to_their_places(memory_format, ke
     (site,) = select_sites(nn.Sequential(conv), OrthogonalityConfig())
     assert site.matrices().data_ptr() == conv.weight.data_ptr()
     torch.testing.assert_close(site.like_weight(site.matrices()), conv.weight, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_without_inputs_or_outputs_are_left_out():
+    empty = nn.Linear(0, 4), nn.Linear(4, 0), nn.Conv2d(0, 4, 3), nn.Conv2d(4, 0, 3), nn.Conv1d(4, 4, 0)
+    encoder = nn.Sequential(*empty, nn.Linear(4, 4))
+    assert names(encoder) == ["5.weight"]
+    assert names(encoder, exclude=["0.weight"]) == ["5.weight"]
+    with pytest.raises(InputError, match="no convolution or linear weight is selected"):
+        names(encoder, include=["0.weight"])

@@ -1,0 +1,43 @@
+"""Settings that a launcher puts into the environment, where neither the recipe nor the results of a run have them."""
+
+from __future__ import annotations
+
+import os
+
+from hf_ssl_or.errors import InputError
+
+_OFF = {"", "0", "false", "f", "no", "n", "none", "off"}
+
+
+def cpu_is_forced() -> bool:
+    """Says whether the launcher keeps this process from a GPU, as `accelerate launch --cpu` does."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").strip().lower() not in _OFF
+
+
+def refuse_launcher_settings(*, device: str, mixed_precision: str = "no", accumulation_steps: int = 1) -> None:
+    """Refuses what accelerate would take from the environment beside the recipe; the defaults of a launcher pass.
+
+    Args:
+        device: Type of the device that the recipe takes, say "cuda".
+        mixed_precision: The recipe's.
+        accumulation_steps: The recipe's.
+
+    Raises:
+        InputError: A variable asks for something that the recipe does not.
+    """
+    steps = {"1", str(accumulation_steps)}
+    recipe: dict[str, tuple[str, set[str]]] = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("training.gradient_accumulation_steps", steps),
+        "ACCELERATE_MIXED_PRECISION": ("training.mixed_precision", {mixed_precision}),
+        "ACCELERATE_DOWNCAST_BF16": ("training.mixed_precision", set()),
+        "ACCELERATE_DYNAMO_BACKEND": ("training.compile", set()),
+        "ACCELERATE_TORCH_DEVICE": ("training.device", {device}),
+        "ACCELERATE_USE_FSDP": ("training.sharding", set()),
+        "ACCELERATE_USE_DEEPSPEED": ("training.sharding", set()),
+        "ACCELERATE_USE_MEGATRON_LM": ("training.sharding", set()),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.sharding", set()),
+    }
+    for name, (key, values) in recipe.items():
+        value = os.environ.get(name, "").strip()
+        if value.lower().partition(":")[0] not in _OFF | values:  # "cuda:1" is a "cuda"
+            raise InputError(f"{name}={value}: the recipe decides, not the environment; unset it and set {key}")
