@@ -38,6 +38,17 @@ class Row:
     split: str | None
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Says in which row of a list each image is; a class, because other processes get it."""
+
+    file: str
+    rows: list[int]
+
+    def __call__(self, i: int) -> str:
+        return f"row {self.rows[i]} of {self.file}"
+
+
 class ImageList:
     """A list of images.
 
@@ -86,14 +97,14 @@ class ImageList:
         folder = self._file.parent
         paths = [path_inside(folder, row.path, f"{self._file}, row {row.number}") for row in rows]
         labels, class_names = encode_labels(_numbers([row.label for row in rows]))
-        numbers = [row.number for row in rows]
+        places = _Places(str(self._file), [row.number for row in rows])
         return FileSource(
             self._name,
             folder,
             paths,
             labels,
             class_names,
-            places=lambda i: f"row {numbers[i]} of {self._file}",
+            places=places,
             key=self._key,
         )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import datasets
@@ -190,3 +191,15 @@ def test_real_parquet(real_data):
 def test_detection_set_is_unlabelled(real_data):
     source = load(real_data / "cellbody_detection")
     assert source.labels is None and len(source) == 280
+
+
+def test_sources_can_be_sent_to_other_processes(tmp_path):
+    folder = save(tmp_path / "folder", "a/1.png", "b/2.png")
+    (folder / "list.csv").write_text("path\na/1.png\nb/2.png\n")
+    write_shard(tmp_path / "a.tar", {"1.png": png(0), "2.png": png(1)})
+    (tmp_path / "table").mkdir()
+    write_parquet(tmp_path / "table" / "train.parquet", img=[png(0), png(1)])
+    for dataset in (folder, folder / "list.csv", f"{folder}/**/*", tmp_path / "a.tar", tmp_path / "table"):
+        source = load(dataset)
+        sent = pickle.loads(pickle.dumps(source))
+        assert values(sent) == [0, 1] and sent.describe(1) == source.describe(1)
