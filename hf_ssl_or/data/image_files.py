@@ -43,6 +43,11 @@ def extension(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def printable(text: str) -> str:
+    """Returns a name from outside for a message of one line."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:200])
+
+
 def report_left_out(name: str, files: Iterable[str]) -> None:
     """Logs in one line, by extension, which files of a data set are not read; metadata and hidden files as a note."""
     kinds: Counter[str] = Counter()
@@ -61,7 +66,7 @@ def report_left_out(name: str, files: Iterable[str]) -> None:
 
 
 def _count(kinds: Counter[str]) -> str:
-    listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
+    listed = ", ".join(f"{printable(kind)} ({count:,})" for kind, count in kinds.most_common())
     return f"{kinds.total():,} file{'s' * (kinds.total() > 1)}: {listed}"
 
 
@@ -152,12 +157,14 @@ def path_inside(folder: Path, path: str, place: str) -> str:
         InputError: It is a URL, or leads out of the folder.
     """
     if "://" in path or path.startswith("data:"):
-        raise InputError(f"data.dataset: {place}: {path[:200]} is a URL; copy the images here and write their paths")
+        raise InputError(
+            f"data.dataset: {place}: {printable(path)} is a URL; copy the images here and write their paths"
+        )
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         full = os.path.normpath(os.path.join(root, path))
         if os.path.commonpath([root, full]) == root:
             return os.path.relpath(full, root)
     raise InputError(
-        f"data.dataset: {place}: {path} is outside of {folder}; move the list or the images, so that the "
+        f"data.dataset: {place}: {printable(path)} is outside of {folder}; move the list or the images, so that the "
         "images are below its folder"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from hf_ssl_or.data.image_files import FileSource, extension, image_extensions, report_left_out
+from hf_ssl_or.data.image_files import FileSource, extension, image_extensions, printable, report_left_out
 from hf_ssl_or.data.labels import encode_labels
 from hf_ssl_or.data.splits import SPLITS, common_folders, splits_in
 from hf_ssl_or.data.webdataset import expand_braces
@@ -60,7 +60,7 @@ class ImageFolder:
             report_left_out(self.name, self.others)
         if self.unused:
             where = Counter(path.split("/")[0] if "/" in path else "no folder" for path in self.unused)
-            named = ", ".join(f"{name} ({count:,})" for name, count in where.most_common(10))
+            named = ", ".join(f"{printable(name)} ({count:,})" for name, count in where.most_common(10))
             _logger.warning("%s: left out %d images that are in no split: %s", self.name, len(self.unused), named)
         labels, class_names = None, None
         folders = [os.path.dirname(path) for path in paths]
@@ -196,7 +196,7 @@ def _with_splits(found: ImageFolder, *, is_glob: bool) -> ImageFolder:
     others = {parts[folder][0] for folder in folders if folder and folder not in places}
     if not doubtful and len(splits) == 1 and others:
         doubtful = places
-    named = sorted({"/".join(parts[folder][: place + 1]) for folder, place in doubtful.items()})
+    named = sorted({printable("/".join(parts[folder][: place + 1])) for folder, place in doubtful.items()})
     # A train is also a class of pictures, and where no folder reads like another split none can leak.
     are_classes = splits == {"train"} and len(others) > 1 and not any("/" in folder for folder in folders)
     if doubtful and (is_glob or are_classes):
@@ -204,7 +204,11 @@ def _with_splits(found: ImageFolder, *, is_glob: bool) -> ImageFolder:
         return found
     if doubtful:
         others -= {parts[folder][0] for folder in doubtful}
-        beside = f" beside {', '.join(sorted(others)[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
+        beside = (
+            f" beside {', '.join(map(printable, sorted(others)[:5]))}{' ...' if len(others) > 5 else ''}"
+            if others
+            else ""
+        )
         meant = " or ".join(sorted(_NONE.union(*(splits_in(own[folder]) for folder in doubtful))))
         raise InputError(
             f"data.dataset: in {found.name}, {', '.join(named[:5])}{beside} may be a split ({meant}) or not; name "
@@ -231,7 +235,7 @@ def _with_splits_of_files(found: ImageFolder) -> ImageFolder:
     if len(named) == len(found.images) and all(len(names) == 1 for names in named.values()):
         found.splits = {name: [path for path in named if name in named[path]] for name in SPLITS if name in splits}
         return found
-    examples = ", ".join(next(path for path in named if split in named[path]) for split in sorted(splits))
+    examples = ", ".join(printable(next(path for path in named if split in named[path])) for split in sorted(splits))
     count = f"{len(named)} of {len(found.images)} files are named like splits"
     if "train" in splits and 2 * len(named) > len(found.images):
         raise InputError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.image_files import FileSource, extension, image_extensions, path_inside
+from hf_ssl_or.data.image_files import FileSource, extension, image_extensions, path_inside, printable
 from hf_ssl_or.data.labels import LABEL_COLUMNS, encode_labels
 from hf_ssl_or.errors import InputError, unknown
 
@@ -109,7 +109,7 @@ class ImageList:
         )
 
     def _wrong(self, number: int, what: str) -> InputError:
-        return InputError(f"data.dataset: {self._file}, row {number}: {what}; correct or remove the row")
+        return InputError(f"data.dataset: {self._file}, row {number}: {printable(what)}; correct or remove the row")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Three formats, one form: the number of a row, and its values by column

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hf_ssl_or.data.image_files import extension, file_key, image_extensions, report_left_out
+from hf_ssl_or.data.image_files import extension, file_key, image_extensions, printable, report_left_out
 from hf_ssl_or.data.labels import content_key, encode_labels
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.models.image_conversion import open_image
@@ -81,10 +81,10 @@ def choose_image(paths: Sequence[str], wanted: str | None, shard: str) -> int | 
     pictures = [k for k, path in enumerate(paths) if extension(path) not in _ARRAYS] or list(range(len(paths)))
     is_plain = any("." not in fields[k] for k in pictures)
     if len({fields[k] for k in pictures}) < len(pictures) or (len(pictures) > 1 and not is_plain):
-        first, second = (paths[k] for k in pictures[:2])
+        first, second = (printable(paths[k]) for k in pictures[:2])
         raise InputError(
             f"data.dataset: {first} and {second} in {shard} count as one sample, whose name ends at the first dot; "
-            f"name the field to read (data.image_column={fields[pictures[0]]}), or write names without such dots"
+            f"name the field to read (data.image_column={printable(fields[pictures[0]])}), or write names without such dots"
         )
     return pictures[0]
 

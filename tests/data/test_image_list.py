@@ -134,6 +134,7 @@ def test_pipes_are_refused(folder):
         ("https://host/a.png", "row 3: https://host/a.png is a URL; copy the images here"),
         ("file:///etc/a.png", "row 3: file:///etc/a.png is a URL"),
         ("s3://bucket/a.png", "is a URL"),
+        ("../\u2028out.png", r"\.\./\?out.png is outside of"),
     ],
 )
 def test_paths_that_lead_elsewhere_are_refused(folder, path, message):
