@@ -84,7 +84,7 @@ def choose_image(paths: Sequence[str], wanted: str | None, shard: str) -> int | 
         first, second = (printable(paths[k]) for k in pictures[:2])
         raise InputError(
             f"data.dataset: {first} and {second} in {shard} count as one sample, whose name ends at the first dot; "
-            f"name the field to read (data.image_column={printable(fields[pictures[0]])}), or write names without such dots"
+            f"name the field to read (data.image_column={printable(fields[pictures[0]])}), or use names without dots"
         )
     return pictures[0]
 
