@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression as Reference
@@ -27,9 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.knn import knn_accuracy
 from hf_ssl_or.evaluation.linear_probe import LogisticProtocol
 from hf_ssl_or.evaluation.logistic import LogisticRegression
@@ -55,13 +55,13 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 def patch_features(images: ImageSet, source: ImageSet) -> Tensor:
     """Rectified responses to patches of `source`, averaged over quadrants: (n, 4 * PATCHES)."""
-    chosen = torch.randint(len(source), (PATCHES,), generator=keyed_generator("benchmark"))
-    middle = (source.source_size - PATCH) // 2
-    patches = source.batch(chosen)[:, :, middle : middle + PATCH, middle : middle + PATCH].float() / 255
+    chosen = torch.randint(len(source), (PATCHES,), generator=keyed_generator("benchmark")).numpy()
+    middle = (source.image_size - PATCH) // 2
+    patches = source.unit_squares(chosen)[:, :, middle : middle + PATCH, middle : middle + PATCH]
     patches = F.normalize((patches - patches.mean((1, 2, 3), keepdim=True)).flatten(1)).view_as(patches)
     parts = []
     for index_B in torch.arange(len(images)).split(1000):
-        response = F.conv2d(images.batch(index_B).float() / 255, patches, stride=2) - 0.1
+        response = F.conv2d(images.unit_squares(index_B.numpy()), patches, stride=2) - 0.1
         parts.append(F.adaptive_avg_pool2d(response.relu(), 2).flatten(1))
     return torch.cat(parts)
 
@@ -125,16 +125,16 @@ def profile(arguments: DataArguments, sample: int, totals: int, votes: float, de
     arguments = DataArguments(
         dataset=arguments.dataset, fraction=sample / totals, cache="none", num_workers=torch.get_num_threads()
     )
-    load_images(arguments, "test")  # opens the files once
-    decoding, images = timed(lambda: load_images(arguments, "train"), device)
+    load_images(arguments, "test", squares=True)  # opens the files once
+    decoding, images = timed(lambda: load_images(arguments, "train", squares=True), device)
     encoder = create_encoder("resnet18", image_size=32, stem="small").eval().to(device)
     moving = forward = 0.0
     with torch.no_grad():
         encoder(torch.zeros(256, 3, 32, 32, device=device))
-        for index_B in torch.arange(len(images)).split(256):
-            spent, x = timed(
-                lambda i=index_B: clean_views(images.batch(i, device), 32, images.mean, images.std), device
-            )
+        shares = np.array_split(np.arange(len(images)), -(-len(images) // 256))
+        batches = images.clean(shares, device)
+        for _ in shares:
+            spent, x = timed(lambda: next(batches), device)
             moving += spent
             forward += timed(lambda x=x: encoder(x).pooler_output.cpu(), device)[0]
     scale = totals / len(images)
@@ -164,7 +164,7 @@ def main() -> None:
     dataset = args.dataset or (str(cifar) if cifar.is_dir() else "shapes")
     share, repeats = (0.1, 1) if args.quick else (1.0, args.repeats)
     data = DataArguments(dataset=dataset, fraction=share, shapes_train=50_000, shapes_test=10_000)
-    images, test_images = load_images(data, "train"), load_images(data, "test")
+    images, test_images = load_images(data, "train", squares=True), load_images(data, "test", squares=True)
     train = patch_features(images, images), images.labels
     test = patch_features(test_images, images), test_images.labels
 

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
 from hf_ssl_or.data.loader import ViewLoader
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.log import read_metrics
 
@@ -67,9 +67,7 @@ def torch_loader(folder: Path, side: int, args: argparse.Namespace, chain: v2.Tr
 
 def decoding(folder: Path, args: argparse.Namespace) -> Row:
     files, side = sorted(folder.glob("*.jpg")), args.size
-    data = DataArguments(
-        dataset=str(folder), image_size=side, cache_size=side, cache="none", mean=[0.5] * 3, std=[0.2] * 3
-    )
+    data = DataArguments(dataset=str(folder), image_size=side, cache_size=side, mean=[0.5] * 3, std=[0.2] * 3)
     chain = v2.Compose([v2.PILToTensor(), v2.Resize((side, side), antialias=True)])
     theirs = torch_loader(folder, side, args, chain, 1)
     works = (lambda: load_images(data, "train"), lambda: plain_loop(files, side), lambda: [None for _ in theirs])
@@ -120,7 +118,7 @@ def first_batches(folder: Path, args: argparse.Namespace) -> list[Row]:
 
 def waiting(folder: Path, args: argparse.Namespace) -> Row:
     """Percent of a short run in which it waits for views."""
-    images = load_images(DataArguments(dataset=str(folder), image_size=args.size, cache="none"), "train")
+    images = load_images(DataArguments(dataset=str(folder), image_size=args.size), "train")
     run = {"max_steps": 6, "log_every": 3, "monitor_every": 0, "save_every": 10**6}
     trainer = build_trainer("barlow_twins", "slim", images, args.batch, device=torch.device(args.device), **run)
     trainer.train()

@@ -13,9 +13,10 @@ import torch
 from common import SLIM
 
 from hf_ssl_or import Trainer, TrainingArguments, create_encoder
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.optim import OptimizerArguments
 
@@ -27,19 +28,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def noise_images(count: int, side: int) -> ImageSet:
+def noise_pixels(count: int, side: int) -> torch.Tensor:
+    """Pixels of `count` images of noise, (count, side, side, 3)."""
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
+
+
+def noise_images(count: int, side: int, pixels: torch.Tensor | None = None) -> ImageSet:
     """A set of `count` images of noise."""
-    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
-    return ImageSet(
-        images=pixels,
-        labels=None,
-        class_names=None,
-        mean=MEAN,
-        std=STD,
-        name="noise",
-        fingerprint="noise",
-        image_size=side,
-    )
+    pixels = noise_pixels(count, side) if pixels is None else pixels
+    how = Preprocessing(image_size=side, mean=MEAN, std=STD)
+    return ImageSet.from_arrays(pixels.numpy(), name="noise", preprocessing=how)
 
 
 def build_trainer(
@@ -74,7 +72,7 @@ def build_trainer(
     config = kind.config_class(**{key: value for key, value in (settings or {}).items() if key in known})
     run_dir = tempfile.mkdtemp(prefix="hf-ssl-or-bench-")
     atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
-    net = create_encoder(**ENCODERS[encoder], image_size=images.source_size)
+    net = create_encoder(**ENCODERS[encoder], image_size=images.image_size)
     defaults: dict[str, Any] = {
         "optimizer": OptimizerArguments(name="sgd", lr=0.03, schedule="constant"),
         "max_steps": 1_000_000,

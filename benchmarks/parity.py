@@ -24,6 +24,7 @@ from hf_ssl_or.hub.export import TARGETS, export
 from hf_ssl_or.hub.parity import compare
 from hf_ssl_or.hub.portable import Lines, read_portable
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 
 ENCODERS = {
@@ -59,9 +60,9 @@ def make(folder: Path, name: str, options: dict) -> torch.nn.Module:
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 1)
     model.save_pretrained(folder)
-    build_image_processor(model.config.image_size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).save_pretrained(
-        folder
-    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    how = Preprocessing(image_size=model.config.image_size, mean=mean, std=std)
+    build_image_processor(how).save_pretrained(folder)
     return model.eval()
 
 

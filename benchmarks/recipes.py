@@ -26,7 +26,7 @@ import argparse
 import torch
 from common import SLIM, Row, Table, build_timm, clocked, faster, medians, prepare, take_turns, write
 from lightly_loops import Loop
-from ours import build_trainer, noise_images, stepper
+from ours import build_trainer, noise_images, noise_pixels, stepper
 from stable_loops import SAME, Fit, GivenViews, build, view_loader
 from stable_pretraining import Module
 from step import SIDE, SPEC, read_arguments, step_cases
@@ -82,12 +82,13 @@ def compare_step(name: str, encoder: str, hidden: int, dim: int, args: argparse.
 
 def compare_epoch(name: str, batched: bool, args: argparse.Namespace) -> Row:
     """Measures an epoch with its views."""
-    device, images = torch.device(args.device), noise_images(args.images, SIDE)
+    device, pixels = torch.device(args.device), noise_pixels(args.images, SIDE)
+    images = noise_images(args.images, SIDE, pixels)
     settings = {"projector_hidden": args.dim, "projector_dim": args.dim, **SAME[name]}
     common = {"device": device, "settings": settings, "mixed_precision": args.precision, "spec": SPEC}
     trainer, steps = build_trainer(name, "slim", images, args.batch, **common), len(images) // args.batch
     how = {"workers": args.workers, "batched": batched, "pinned": device.type == "cuda"}
-    loader = view_loader(images.images, SIDE, SPEC, args.batch, **how)
+    loader = view_loader(pixels, SIDE, SPEC, args.batch, **how)
     fit = Fit(theirs(name, "slim", args.dim, args.dim), loader, device, args.precision)
 
     def our_epoch() -> None:

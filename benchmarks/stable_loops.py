@@ -119,7 +119,7 @@ def view_loader(
     """Builds its loader of two views.
 
     Args:
-        pixels: Images, uint8; each is a PIL image of its dataset.
+        pixels: Images (n, H, W, 3), uint8; each is a PIL image of its dataset.
         side: Of the views.
         spec: How they are drawn.
         batch: Images per step.
@@ -129,7 +129,7 @@ def view_loader(
     """
     draws = _batched(side, spec) if batched else None
     transform = transforms.ToImage(rgb=True) if batched else transforms.MultiViewTransform([_single(side, spec)] * 2)
-    images = [(to_pil_image(image), i) for i, image in enumerate(pixels)]
+    images = [(to_pil_image(image), i) for i, image in enumerate(pixels.permute(0, 3, 1, 2))]
     return DataLoader(
         spt.data.FromTorchDataset(images, ["image", "label"], transform, draws),
         batch,

@@ -25,7 +25,7 @@ import torch
 from common import SLIM, Row, Table, build_timm, clocked, faster, medians, parser, prepare, take_turns, write
 from lightly.transforms import SimCLRTransform
 from lightly_loops import SAME, Loop, build
-from ours import MEAN, STD, build_trainer, noise_images, stepper
+from ours import MEAN, STD, build_trainer, noise_images, noise_pixels, stepper
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
@@ -57,7 +57,7 @@ class PilImages(Dataset):
     """The same images as PIL's, which lightly's transforms take."""
 
     def __init__(self, pixels: torch.Tensor) -> None:
-        self.images = [to_pil_image(image) for image in pixels]
+        self.images = [to_pil_image(image) for image in pixels.permute(0, 3, 1, 2)]
         self.transform = SimCLRTransform(
             input_size=SIDE, cj_strength=0.5, cj_sat=0.8, gaussian_blur=0.0, normalize={"mean": MEAN, "std": STD}
         )
@@ -106,13 +106,14 @@ def compare_step(
 
 def compare_epoch(name: str, encoder: str, args: argparse.Namespace, device: torch.device) -> Row:
     """Measures an epoch with its views."""
-    images = noise_images(args.images, SIDE)
+    pixels = noise_pixels(args.images, SIDE)
+    images = noise_images(args.images, SIDE, pixels)
     settings = {"projector_hidden": args.dim, "projector_dim": args.dim, **SAME[name]}
     common = {"device": device, "settings": settings, "mixed_precision": args.precision, "spec": SPEC}
     trainer = build_trainer(name, encoder, images, args.batch, **common)
     theirs, steps = loop(name, encoder, args.dim, args.dim, args, device), len(images) // args.batch
     loader = DataLoader(
-        PilImages(images.images),
+        PilImages(pixels),
         args.batch,
         shuffle=True,
         drop_last=True,

@@ -3,8 +3,9 @@
     python benchmarks/stream.py --machine cpu --threads 2 [--quick]
 
 Writes JPEGs of 500 x 375 pixels (smooth shapes and noise, about 110 kB each) into parquet files in a temporary folder,
-and streams them as a run at 224 pixels does. Rates are per second of processor time, summed over threads, so that
-other work on the machine counts little. Writes benchmarks/results/<machine>/stream.json.
+and cuts two views of 224 pixels out of each as a run does, without the changes of color that follow. Rates are per
+second of processor time, summed over threads, so that other work on the machine counts little. Writes
+benchmarks/results/<machine>/stream.json.
 """
 
 from __future__ import annotations
@@ -19,15 +20,33 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from common import parser, prepare, write
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
-from hf_ssl_or.data.pixels import to_square
-from hf_ssl_or.data.stream import BlockBuffer, ShardedImageSet
+from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
+from hf_ssl_or.data.image_dataset import crop_file
+from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.stream import BlockBuffer, StreamingImageSet
+from hf_ssl_or.structures import ViewSpec
 
 DISTINCT = 64  # pictures; the rows of a file repeat them
+
+
+class Pictures:
+    """Encoded pictures that are opened by number."""
+
+    def __init__(self, contents: list[bytes]) -> None:
+        self.contents = contents
+
+    def read(self, i: int) -> Image.Image:
+        """Opens picture i."""
+        return Image.open(io.BytesIO(self.contents[i]))
+
+    def describe(self, i: int) -> str:
+        """Names picture i."""
+        return f"picture {i}"
 
 
 def picture(number: int) -> bytes:
@@ -48,15 +67,20 @@ def write_files(folder: Path, pictures: list[bytes], files: int, rows: int) -> N
         pq.write_table(pa.table({"image": cells}), folder / f"train-{number:05d}.parquet", **options)
 
 
-def decoding(pictures: list[bytes], side: int) -> float:
+def plan(index_B: np.ndarray, side: int) -> ViewPlan:
+    return ViewPlan(index_B, (ViewGroup(specs=(ViewSpec(), ViewSpec()), size=side, seed=0, epoch=0),))
+
+
+def decoding(pictures: list[bytes], images: StreamingImageSet) -> float:
     """Gives images per core-second."""
-    start = time.process_time()
-    for content in pictures:
-        to_square(Image.open(io.BytesIO(content)), side)
+    source, start = Pictures(pictures), time.process_time()
+    for i in range(len(pictures)):
+        crops = crop_file(i, source, images.job, plan(np.array([i]), images.image_size))
+        assert not isinstance(crops, str), crops
     return len(pictures) / (time.process_time() - start)
 
 
-def reading(images: ShardedImageSet, window: int) -> float:
+def reading(images: StreamingImageSet, window: int) -> float:
     """Gives MB per core-second of blocks that are opened and not decoded."""
     firsts = images.shards.first_K
     buffer = BlockBuffer(images.shards, (np.array([first]) for first in firsts), 2 * window)
@@ -69,12 +93,14 @@ def reading(images: ShardedImageSet, window: int) -> float:
     return images.shards.nbytes_K.sum() / (time.process_time() - start) / 1e6
 
 
-def streaming(images: ShardedImageSet, batch_size: int) -> tuple[float, int]:
+def streaming(images: StreamingImageSet, batch_size: int) -> tuple[float, int]:
     """Gives images per core-second of an epoch, reading and decoding, and by how many bytes the process grew."""
     order, before, most, count = images.order(batch_size, 0), resident(), 0, 0
     start = time.process_time()
-    for batch in images.stream(order.indices(step, 0, batch_size) for step in range(order.steps_per_epoch)):
-        most, count = max(most, resident()), count + len(batch)
+    steps = (order.indices(step, 0, batch_size) for step in range(order.steps_per_epoch))
+    plans = (plan(index_B, images.image_size) for index_B in steps)
+    for _, index_B in images._crops(plans, torch.device("cpu")):
+        most, count = max(most, resident()), count + len(index_B)
     return count / (time.process_time() - start), most - before
 
 
@@ -100,14 +126,14 @@ def main() -> None:
             ),
             "train",
         )
-        assert isinstance(images, ShardedImageSet)
-        decoded = statistics.median(decoding(pictures, images.source_size) for _ in range(5))
+        assert isinstance(images, StreamingImageSet)
+        decoded = statistics.median(decoding(pictures, images) for _ in range(5))
         pa.default_memory_pool().release_unused()
         streamed, grown = streaming(images, 64)
         read = reading(images, args.window_mib * 2**20)
     rows = {
         "kB of an image": round(sum(map(len, pictures)) / len(pictures) / 1000, 1),
-        "side of the stored square": images.source_size,
+        "side of a view": images.image_size,
         "images decoded per core-second": round(decoded),
         "images streamed per core-second": round(streamed),
         "MB of local parquet read per core-second": round(float(read)),

@@ -20,7 +20,9 @@ from common import Row, Table, clocked, faster, medians, parser, prepare, take_t
 from torch import Tensor
 from torchvision.transforms import v2
 
-from hf_ssl_or.data.views import draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup
+from hf_ssl_or.data.views import render_views, sample_parameters
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.structures import ViewSpec
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -34,10 +36,11 @@ COLUMNS = {
 
 def ours(images: Tensor, spec: ViewSpec, views: int) -> Callable[[int], Tensor]:
     index, side = np.arange(len(images)), images.shape[-1]
+    images_BHWC, how = images.permute(0, 2, 3, 1).contiguous(), Preprocessing(image_size=side, mean=MEAN, std=STD)
 
     def run(turn: int) -> Tensor:
-        parameters = draw_parameters([spec] * views, seed=0, epoch=turn, index_B=index, source_size=side)
-        return render_views(images, parameters, MEAN, STD)
+        group = ViewGroup(specs=(spec,) * views, size=side, seed=0, epoch=turn)
+        return render_views(images_BHWC, sample_parameters(group, index, original_size=(side, side)), how)
 
     return run
 

@@ -40,11 +40,12 @@ from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.preview import draw_preview
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
+from hf_ssl_or.show import print_start
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.selection import Choice, Sample, select_checkpoint, write_choice
 from hf_ssl_or.training.trainer import Trainer, build_accelerator
 
-_UNLABELLED = 4096  # images of a streamed set that collapse is measured on, when there are no labels
+_ALL, _UNLABELLED = 100_000, 4096  # without labels, collapse is measured on all images, or on so many of a large set
 PACKAGES = ("hf-ssl-or", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
 
@@ -85,6 +86,8 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         images = load_training_images(recipe)
         labelled = _labelled_images(recipe, images)
     bank, test = labelled or (None, None)
+    if is_main:
+        print_start(images)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
     baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
     weights_before = weight_report(trainer.encoder)
@@ -388,7 +391,8 @@ def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet]
     if labelled is not None:
         return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, device=trainer.device)
     images = trainer.images
-    judged = images.sample(_UNLABELLED, "collapse") if recipe.data.streaming else images
+    many = recipe.data.streaming or len(images) > _ALL
+    judged = images.sample(_UNLABELLED, "collapse") if many else images
     batch = recipe.evaluation.batch_size
     features = extract_features(trainer.encoder, judged, batch_size=batch, device=trainer.device)
     return {"evaluations": [], "collapse": collapse_report(features)}

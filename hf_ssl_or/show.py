@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.loading import describe_images
 from hf_ssl_or.evaluation.transfer import markdown_table, table_rows
 from hf_ssl_or.training.selection import Choice
 
@@ -30,6 +32,13 @@ COLLAPSE_MEANINGS = {
     "alignment": "alignment (lower: views closer)",
     "uniformity": "uniformity (lower: spread more evenly)",
 }
+
+
+def print_start(images: ImageSet) -> None:
+    """Prints what a run trains on, on standard error."""
+    console = Console(stderr=True, highlight=False)
+    for line in describe_images(images):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_results(results: dict[str, Any], folder: Path) -> None:

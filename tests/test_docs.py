@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.recipe import load_recipe, recipe_from_dict
 from hf_ssl_or.run import build_trainer
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.resample import resize_fast
 from hf_ssl_or.data.sources import ImageReader, ImageSource
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
@@ -26,7 +28,6 @@ from hf_ssl_or.models.image_conversion import (
     dtype_range,
     of_kind,
     output_size,
-    resize,
     to_pixels,
     upright_size,
 )
@@ -36,6 +37,7 @@ from hf_ssl_or.structures import ViewSpec
 _LAYOUT = 2  # part of every key: a change of how images are decoded makes older files void
 _TASK = 64  # images that a thread decodes at a time
 _SAMPLE, _VALUES = 256, 4096  # images, and pixels of each, that a range of values is measured on
+_EIGHT_BIT_SAMPLE = 32  # images after which a set counts as one of 8 bits
 _PERCENTILES = (0.01, 99.99)  # of all values: a few dead or hot pixels do not set the range
 _CLIPPED = 0.01  # share of the pixels outside of the range that is worth a warning
 _GAP = 32  # ratio between the brightest pixels of two groups of images that is worth a warning
@@ -133,7 +135,7 @@ def _decode_whole(image: Any, job: DecodeJob) -> Decoded:
     pixels = _converted(image, job, None if job.bound is None else 2 * job.bound)
     original_size = size or pixels.shape[:2]
     if job.bound is not None and min(pixels.shape[:2]) > job.bound:
-        pixels = resize(pixels, output_size(original_size, job.bound))
+        pixels = resize_fast(pixels, output_size(original_size, job.bound))
     return Decoded(_as_stored(pixels, job), original_size)
 
 
@@ -201,7 +203,7 @@ class Tally:
 
 def _sums(values_P: np.ndarray, preprocessing: Preprocessing) -> tuple[float, float]:
     if preprocessing.eight_bit and preprocessing.value_range == (0, 255):  # exact, by counting each byte
-        counts, levels = np.bincount(values_P, minlength=256), np.arange(256)
+        counts, levels = np.array(Image.fromarray(values_P[None]).histogram()), np.arange(256)
         return float(counts @ levels), float(counts @ levels**2)
     low, high = _range_of(values_P, preprocessing)
     scaled_P = ((values_P.astype(np.float64) - low) / (high - low)).clip(0, 1)
@@ -334,6 +336,8 @@ def measure_kind(
         except Exception:  # it is counted, and named, when all are decoded
             continue
         sizes.append(size or pixels.shape[:2])
+        if len(sizes) >= _EIGHT_BIT_SAMPLE and firsts.keys() == {"uint8"}:
+            break  # others that may come are found when all are decoded
         firsts.setdefault(pixels.dtype.name, reader.describe(row))
         if pixels.dtype != np.uint8:
             flat = pixels.reshape(-1)

@@ -156,10 +156,19 @@ def public_name(name: str) -> str:
     return path.resolve().name.split("?")[0] if local else name
 
 
-def storage_summary(images: ImageSet, bound: int | None) -> str:
-    """Says in one line how the training images are stored, for the start of a run."""
-    store, mode = images.whole, images.whole_storage.mode
-    where = {"memory": "in memory", "disk": "in a file", "on_the_fly": "nowhere: decoded in each step"}[mode]
+def describe_images(images: ImageSet) -> list[str]:
+    """Says in a few lines what the images of a run are and how they are stored."""
+    p, bound, store = images.preprocessing, images.job.bound, images.whole
+    kind = "8 bits" if p.eight_bit and p.value_range == (0, 255) else images.job.dtype
+    values = "each type's own range" if p.value_range == "dtype" else f"values from {p.value_range[0]:g} to "
+    values += "" if p.value_range == "dtype" else f"{p.value_range[1]:g}"
+    limit = "at their own size" if bound is None else f"shorter side of at most {bound} pixels (data.cache_size)"
+    mode = images.whole_storage.mode
+    where = {"memory": "in memory", "disk": "in a file", "on_the_fly": "nowhere; decoded in each step"}[mode]
     amount = "" if store is None else f", {store.nbytes / 2**20:,.0f} MiB"
-    limit = "their own sizes" if bound is None else f"shorter side of at most {bound} pixels (data.cache_size)"
-    return f"{images.name}: {len(images):,} images, {limit}, {where}{amount}"
+    channels = f"{p.num_channels} channel{'s' * (p.num_channels > 1)}"
+    return [
+        f"{images.name}: {len(images):,} images, {channels} of {kind}, {values}",
+        f"stored {where}{amount}, {limit}",
+        f"evaluated at {p.image_size} x {p.image_size} pixels, crop_pct {p.crop_pct:g}, {p.interpolation}",
+    ]

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from hf_ssl_or.data import color
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, sample_channels, sample_view
-from hf_ssl_or.data.resample import apply_lines, blur_matrix, crop_matrix
-from hf_ssl_or.models.image_conversion import Preprocessing, dtype_range, normalize_pixels, resize_boxes, scale_pixels
+from hf_ssl_or.data.resample import apply_lines, blur_matrix, crop_matrix, resize_fast
+from hf_ssl_or.models.image_conversion import Preprocessing, dtype_range, normalize_pixels, scale_pixels
 from hf_ssl_or.randomness import keyed_normal, keyed_uniform
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
@@ -126,17 +126,19 @@ def crop_views(
     Args:
         pixels_HWC: The image, as large as it was decoded.
         original_size: Height and width of the original, whose pixels the boxes count.
-        boxes_V4: Top, left, height and width of each view's crop.
+        boxes_V4: Top, left, height and width of each view's crop; rounded to the pixels of the image as it is.
         size: Side of the views.
         out_VSSC: Where they are written.
     """
     height, width = pixels_HWC.shape[:2]
-    scale_2 = height / original_size[0], width / original_size[1]
-    start_V2, extent_V2 = boxes_V4[:, :2] * scale_2, boxes_V4[:, 2:] * scale_2
-    stop_V2 = np.minimum(start_V2 + extent_V2, (height, width))
-    edges = [(left, top, right, bottom) for (top, left), (bottom, right) in zip(start_V2, stop_V2, strict=True)]
-    for view, cut in enumerate(resize_boxes(pixels_HWC, (size, size), edges)):
-        out_VSSC[view] = cut
+    top, left = boxes_V4[:, 0] * (height / original_size[0]), boxes_V4[:, 1] * (width / original_size[1])
+    bottom = top + boxes_V4[:, 2] * (height / original_size[0])
+    right = left + boxes_V4[:, 3] * (width / original_size[1])
+    edges_V4 = np.rint(np.stack([top, left, bottom, right], axis=1)).astype(np.int64)
+    for view, (first_row, first_column, stop_row, stop_column) in enumerate(edges_V4.tolist()):
+        rows = slice(min(first_row, height - 1), max(stop_row, first_row + 1))
+        columns = slice(min(first_column, width - 1), max(stop_column, first_column + 1))
+        out_VSSC[view] = resize_fast(pixels_HWC[rows, columns], (size, size))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import json
 import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,12 @@ from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import ViewSpec
 
+# Settings that views got later: where a view has none of them they are not recorded, and its protocol keeps its hash.
+_LATER = (
+    *("vertical_flip", "rotate", "channel_brightness", "channel_contrast"),
+    *("noise", "noise_std", "channel_drop"),
+)
+_UNUSED = {field.name: field.default for field in fields(ViewSpec) if field.name in _LATER}
 NEEDS_LABELS = "labels are needed: set data.label_column, or evaluation_data to a labelled set"
 
 
@@ -38,7 +44,7 @@ class Protocol:
 
     def settings(self) -> dict[str, Any]:
         """Gives all settings as plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self, dict_factory=_recorded)))
 
     @property
     def hash(self) -> str:
@@ -67,6 +73,10 @@ class Protocol:
     ) -> dict[str, float]:
         """Judges features; accuracies are in percent."""
         raise NotImplementedError
+
+
+def _recorded(settings: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in settings if name not in _UNUSED or value != _UNUSED[name]}
 
 
 @typing.runtime_checkable

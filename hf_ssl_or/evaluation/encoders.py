@@ -100,11 +100,10 @@ class FrozenEncoder:
 
     def prepare(self, data: DataArguments) -> tuple[DataArguments, Preprocessing | None]:
         """Returns settings of the data that suit the encoder, and what becomes of pixels where that is known."""
-        own = self.processing
+        own, wanted = self.processing, dict[str, Any](image_size=self.image_size)
         if own.exact is not None:
-            return data, dataclasses.replace(own.exact, image_size=self.image_size)
-        wanted: dict[str, Any] = {"image_size": self.image_size, "crop_pct": own.crop_pct}
-        wanted |= {"interpolation": own.interpolation}
+            return dataclasses.replace(data, **wanted), dataclasses.replace(own.exact, **wanted)
+        wanted |= {"crop_pct": own.crop_pct, "interpolation": own.interpolation}
         if own.mean is not None and own.std is not None:
             wanted |= {"mean": list(own.mean), "std": list(own.std)}
         return dataclasses.replace(data, **{name: value for name, value in wanted.items() if value is not None}), None

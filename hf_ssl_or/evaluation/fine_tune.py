@@ -155,7 +155,8 @@ def fine_tune(
     names = _class_names(train, test)
     if not isinstance(encoder, PreTrainedModel):
         encoder, preprocessing = _load(encoder)
-        train, test = train.with_preprocessing(preprocessing), test.with_preprocessing(preprocessing)
+        train = train.with_preprocessing(preprocessing)
+    test = test.with_preprocessing(train.preprocessing)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         how = _trainer_arguments(arguments, folder, len(train), seed, device, mixed_precision, progress)
         model: Any = _classifier(encoder, names, seed)

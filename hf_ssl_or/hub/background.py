@@ -121,7 +121,7 @@ def _link(file: Path, to: Path) -> None:
 
 
 def _newest(run_folder: Path) -> int:
-    """Gives the step of the newest checkpoint, 0 for none; one that is being written has another name."""
+    """Returns the step of the newest checkpoint, 0 for none; one that is being written has another name."""
     names = [path.name.removeprefix("step-") for path in (run_folder / "checkpoints").glob("step-*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 

@@ -35,8 +35,8 @@ def build_card(
     Args:
         run_folder: Folder of the run; `figures/spectra.png` in it, which `hf-ssl-or report` draws, is linked.
         repo_id: Where the encoder goes on the Hub, "owner/name"; None writes about the local folder.
-        license: The Hub's identifier of the model's licence, say "apache-2.0"; None says that none was stated.
-        data_license: The licence of the training images in any words; None likewise.
+        license: The Hub's identifier of the model's license, say "apache-2.0"; None says that none was stated.
+        data_license: The license of the training images in any words; None likewise.
 
     Raises:
         InputError: A file of the run is missing or damaged, or a name is none that the Hub takes.
@@ -53,7 +53,7 @@ def build_card(
 def card_files(
     run_folder: Path, *, repo_id: str | None = None, license: str | None = None, data_license: str | None = None
 ) -> dict[str, bytes]:
-    """Gives the card and everything that it was made from, as files by their path in a repository.
+    """Returns the card and everything that it was made from, as files by their path in a repository.
 
     Paths in the settings are shortened to their last part. The card of a folder of these files is this card again.
 
@@ -83,7 +83,7 @@ def card_files(
 def write_card(
     run_folder: Path, output: Path, *, license: str | None = None, data_license: str | None = None
 ) -> list[Path]:
-    """Writes the card of a run; gives the files written.
+    """Writes the card of a run; returns the files written.
 
     Args:
         run_folder: As for `build_card`.
@@ -104,7 +104,7 @@ def write_card(
 
 
 def comparison_table(run_folders: Sequence[Path]) -> str:
-    """Gives a table of runs: what was run, the headline of each protocol, signs of collapse, and the time."""
+    """Returns a table of runs: what was run, the headline of each protocol, signs of collapse, and the time."""
     runs = [read_facts(Path(folder)) for folder in run_folders]
     found = []
     for facts in runs:
@@ -195,7 +195,7 @@ def _metadata(facts: RunFacts, name: str, license: str | None) -> ModelCardData:
 
 
 def eval_results(facts: RunFacts) -> Iterator[EvalResult]:
-    """Gives every measure of every evaluation as an entry of the card's `model-index`, in % as in `results.json`."""
+    """Yields every measure of every evaluation as an entry of the card's `model-index`, in % as in `results.json`."""
     for entry in facts.evaluations:
         dataset = entry["data"]["test"]["name"]
         for name, value in sections.shown_metrics(entry):
@@ -207,7 +207,7 @@ def eval_results(facts: RunFacts) -> Iterator[EvalResult]:
                 task_name="Image classification on frozen features",
                 dataset_type=hub_dataset(dataset) or clean(dataset),
                 dataset_name=clean(dataset),
-                dataset_split=clean(facts.judged["test_split"]),
+                dataset_split=clean(facts.evaluation_data["test_split"]),
                 metric_type="accuracy",
                 metric_name=f"{clean(entry['protocol'])} {clean(name)}, %",
                 metric_value=value["mean"],
@@ -216,12 +216,12 @@ def eval_results(facts: RunFacts) -> Iterator[EvalResult]:
 
 
 def _leaderboard_entries(facts: RunFacts) -> dict[str, list[EvalResultEntry]]:
-    """Gives the headline of each protocol, by data set of the Hub, for the `.eval_results` folder."""
+    """Returns the headline of each protocol, by data set of the Hub, for the `.eval_results` folder."""
     found: dict[str, list[EvalResultEntry]] = {}
     for entry in facts.evaluations:
         if dataset := hub_dataset(entry["data"]["test"]["name"]):
             notes = f"frozen features, {clean(entry['protocol'])} {clean(entry['headline'])} in %, split "
-            notes += f"{clean(facts.judged['test_split'])}, protocol hash {clean(entry['protocol_hash'])}"
+            notes += f"{clean(facts.evaluation_data['test_split'])}, protocol hash {clean(entry['protocol_hash'])}"
             value = entry["metrics"][entry["headline"]]["mean"]
             result = EvalResultEntry(dataset_id=dataset, task_id="default", value=value, notes=notes)
             found.setdefault(dataset, []).append(result)
@@ -236,16 +236,17 @@ def _render(facts: RunFacts, title: str, repo_id: str | None, license: str | Non
     """Fills the template. It is rendered once, so text of the run that looks like a template stays text."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     layers_summary, layers = sections.layers(facts)
-    judged = bool(facts.evaluations)
+    evaluated = bool(facts.evaluations)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=escape(title),
         summary=sections.summary(facts),
         repo_id=repo_id,
         **usage(facts, repo_id),
-        judged=sections.judged_on(facts) if judged else "",
-        evaluation=sections.evaluation(facts) if judged else "",
-        reading=sections.reading(facts) if judged else "",
-        protocols=sections.protocols(facts) if judged else "",
+        pixels=sections.pixels(facts),
+        evaluated_on=sections.evaluated_on(facts) if evaluated else "",
+        evaluation=sections.evaluation(facts) if evaluated else "",
+        reading=sections.reading(facts) if evaluated else "",
+        protocols=sections.protocols(facts) if evaluated else "",
         collapse=sections.collapse(facts),
         figure=FIGURE if (facts.folder / FIGURE).is_file() else "",
         layers_summary=layers_summary,
@@ -254,8 +255,8 @@ def _render(facts: RunFacts, title: str, repo_id: str | None, license: str | Non
         recipe=block(yaml.safe_dump(facts.recipe, sort_keys=False, width=119), "yaml"),
         compute=sections.compute(facts),
         limits="\n".join(f"- {limit}" for limit in limits(facts)),
-        license=code(license) if license else "no licence was stated",
-        data_license=escape(data_license) if data_license else "no licence was stated",
+        license=code(license) if license else "no license was stated",
+        data_license=escape(data_license) if data_license else "no license was stated",
         generated=facts.recipe["data"]["dataset"] == "shapes",
         citations=block("\n\n".join(_citations(facts)), "bibtex"),
     )

@@ -94,7 +94,7 @@ def _ensure_repository(api: HfApi, to: Destination) -> str:
 
 
 def _head(api: HfApi, to: Destination) -> str:
-    """Gives the commit that the branch points at; makes the branch from `main` unless it is there."""
+    """Returns the commit that the branch points at; makes the branch from `main` unless it is there."""
     try:
         head = api.model_info(to.repo_id, revision=to.revision).sha
     except RevisionNotFoundError:

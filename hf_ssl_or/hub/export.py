@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.hub.parity import at, compare
+from hf_ssl_or.hub.pixels import photo_name, pixel_table
 from hf_ssl_or.hub.portable import Lines, Portable, read_portable
 
 TARGETS = ("timm", "transformers", "torchvision", "onnx")  # each is a file of this room, to_<target>.py
@@ -44,7 +45,7 @@ def export(source: str | Path, to: str, output: str | Path | None = None) -> Exp
     """Writes an encoder or a classifier so that another library loads it with no code of this package.
 
     The files are written beside the output, loaded by the other library in a fresh process without this package, and
-    compared on noise and on real images; a folder that differs never appears under the output's name.
+    compared on noise and on image files; a folder that differs never appears under the output's name.
 
     Args:
         source: A run's folder, an encoder's folder, or a Hub id.
@@ -65,6 +66,7 @@ def export(source: str | Path, to: str, output: str | Path | None = None) -> Exp
         draft = Path(name) / "draft"
         draft.mkdir()
         lines = importlib.import_module(f"hf_ssl_or.hub.to_{to}").write(portable, draft)
+        portable.write_conversion(draft)
         differences = compare(portable, draft, lines, _pictures(Path(source)))
         (draft / "README.md").write_text(_readme(portable, folder, lines, differences), encoding="utf-8")
         draft.rename(folder)
@@ -88,6 +90,7 @@ def _readme(portable: Portable, folder: Path, every: list[Lines], differences: d
         f"# {folder.resolve().name}\n",
         f"A {config.architecture} for images of {config.image_size} x {config.image_size} pixels that gives "
         f"{config.hidden_size} features{trained}.\n",
+        f"{pixel_table(portable.preprocessing)}\n",
     ]
     for lines in every:
         worst = max(differences[lines.library].get(what, 0.0) for what in ("features", "logits"))
@@ -100,8 +103,6 @@ def _readme(portable: Portable, folder: Path, every: list[Lines], differences: d
 
 
 def _program(portable: Portable, folder: Path, lines: Lines) -> str:
-    mode = "L" if portable.config.num_channels == 1 else "RGB"
-    needed = {*lines.imports, "from PIL import Image"}
-    imports = sorted(needed, key=lambda line: (line.startswith("from"), line.lower()))
-    opened = f'image = Image.open("photo.png").convert("{mode}")\n{lines.prepare}'
-    return "\n".join(("\n".join(imports) + "\n", at(lines.load, folder.name), opened, lines.call))
+    imports = sorted(set(lines.imports), key=lambda line: (line.startswith("from"), line.lower()))
+    load, prepare = at(lines.load, FOLDER=folder.name), at(lines.prepare, PHOTO=photo_name(portable.preprocessing))
+    return "\n".join(("\n".join(imports) + "\n", load, prepare, lines.call))

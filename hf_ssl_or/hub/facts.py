@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import Preprocessing
 
 FIGURE = "figures/spectra.png"
 _PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[A-Za-z][\w+.-]*://")
@@ -28,7 +29,7 @@ class RunFacts:
         name: The folder's name.
         folder: The folder.
         recipe: The resolved recipe as plain data.
-        results: `results.json`; empty for a run that was not judged.
+        results: `results.json`; empty for a run that was not evaluated.
         train: Lines of the training log, in order.
     """
 
@@ -40,7 +41,7 @@ class RunFacts:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Entries of the protocols that judged the encoder."""
+        """Entries of the protocols that evaluated the encoder."""
         return self.results.get("evaluations", [])
 
     @property
@@ -64,9 +65,15 @@ class RunFacts:
         return statistics.median(line["images_per_second"] for line in self.train) if self.train else None
 
     @property
-    def judged(self) -> dict[str, Any]:
-        """The settings of the images that judged."""
+    def evaluation_data(self) -> dict[str, Any]:
+        """The settings of the images of the evaluations."""
         return self.recipe.get("evaluation_data") or self.recipe["data"]
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What became of pixels; None where the results do not say it."""
+        values = self.results.get("data", {}).get("preprocessing")
+        return None if values is None else Preprocessing(**values)
 
 
 def read_facts(folder: Path) -> RunFacts:
@@ -109,7 +116,7 @@ def without_paths(value: Any) -> Any:
 
 
 def hub_dataset(dataset: str) -> str | None:
-    """Gives a data set's name if it is a Hub id, "owner/name"; a folder of that name wins, as when it was loaded."""
+    """Returns a data set's name if it is a Hub id, "owner/name"; a folder of that name wins, as when it was loaded."""
     try:
         validate_repo_id(dataset)
     except HFValidationError:
@@ -118,14 +125,14 @@ def hub_dataset(dataset: str) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """Gives seconds in the unit that reads best."""
+    """Returns seconds in the unit that reads best."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def counted(number: float, what: str) -> str:
-    """Gives a number with its noun, say "1 epoch" or "9 epochs"."""
+    """Returns a number with its noun, say "1 epoch" or "9 epochs"."""
     return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 

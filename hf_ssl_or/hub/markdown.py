@@ -14,18 +14,18 @@ _BY_NUMBER = frozenset("&<>@\\.:")  # where a backslash would not do
 
 
 def clean(text: object) -> str:
-    """Gives one line that can be shown, of at most 200 characters."""
+    """Returns one line that can be shown, of at most 200 characters."""
     line = _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", str(text)).strip()
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def escape(text: object) -> str:
-    """Gives text for the middle of a line, with everything that Markdown and HTML would read made literal."""
+    """Returns text for the middle of a line, with everything that Markdown and HTML would read made literal."""
     return _ACTIVE.sub(_literal, clean(text))
 
 
 def code(text: object) -> str:
-    """Gives text as code in a line."""
+    """Returns text as code in a line."""
     plain = clean(text) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     space = " " if plain[0] == "`" or plain[-1] == "`" else ""
@@ -33,14 +33,14 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str) -> str:
-    """Gives lines as a block of code."""
+    """Returns lines as a block of code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines = "\n".join(_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", line) for line in text.strip("\n").splitlines())
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Gives a table.
+    """Returns a table.
 
     Args:
         head: Names of the columns.

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.portable import Lines, Portable
+from hf_ssl_or.hub.sample_files import write_samples
 
 TOLERANCE = 1e-5
 _IMAGES, _SIDE, _TIMEOUT = 4, 48, 900
@@ -27,7 +27,6 @@ _STRANGER = """
 import json, sys
 sys.modules["hf_ssl_or"] = None
 import numpy as np, torch
-from PIL import Image
 
 folder = sys.argv[1]
 torch.set_num_threads(int(sys.argv[2]))
@@ -40,17 +39,15 @@ for i, lines in enumerate(json.load(open(folder + "/lines.json"))):
     names = {}
     exec("\\n".join(lines["imports"]), names)
     exec(lines["load"], names)
-    for picture in [key for key in given.files if key.startswith("picture")]:
-        names["image"] = Image.fromarray(given[picture])
-        exec(lines["prepare"], names)
-        found[f"{i}/{picture}"] = plain(names["pixel_values"])[0]
-    for kind in ("random", "real"):
-        if kind in given.files:
-            names["pixel_values"] = torch.from_numpy(given[kind]) if "torch" in names else given[kind]
-            exec(lines["call"], names)
-            for what in ("features", "logits"):
-                if what in names:
-                    found[f"{i}/{kind}/{what}"] = plain(names.pop(what))
+    for number, prepare in enumerate(lines["prepare"]):
+        exec(prepare, names)
+        found[f"{i}/picture{number}"] = plain(names["pixel_values"])[0]
+    for kind in given.files:
+        names["pixel_values"] = torch.from_numpy(given[kind]) if "torch" in names else given[kind]
+        exec(lines["call"], names)
+        for what in ("features", "logits"):
+            if what in names:
+                found[f"{i}/{kind}/{what}"] = plain(names.pop(what))
 np.savez(folder + "/found.npz", **found)
 """
 
@@ -64,22 +61,24 @@ def compare(
         portable: The encoder.
         folder: What was written for the libraries.
         every: The lines of each library.
-        pictures: Real images, each (H, W, 3) or (H, W) uint8; None takes drawings of the built-in image set.
+        pictures: Real images, each (H, W, 3) uint8 and all of one size, of which files of the encoder's kind are made;
+            None takes drawings of the built-in image set.
 
     Returns:
-        For each library the largest difference of "features", and where they exist of "logits" and "pixels": that of
-        the prepared images, as a share of the range of values. Differences of features and logits are relative to the
-        largest one where that exceeds 1.
+        For each library the largest difference of "features", of "pixels", which are those of the prepared images, as
+        a share of the range of values, and with a head of "logits". Differences of features and logits are relative
+        to the largest one where that exceeds 1.
 
     Raises:
-        InputError: The lines fail, or a difference is above 1e-5 (for pixels: more than one of 256 levels).
+        InputError: The lines fail, or a difference is above 1e-5.
     """
-    given = _given(portable, pictures)
-    expected = _expected(portable, given)
     with tempfile.TemporaryDirectory(prefix="hf-ssl-or-parity-") as name:
         work = Path(name)
+        files = write_samples(portable.preprocessing, pictures or _drawings(), work)
+        given = _given(portable, files)
+        expected = _expected(portable, given)
         np.savez(work / "given.npz", **cast(Any, given))
-        (work / "lines.json").write_text(json.dumps([_in_folder(lines, folder) for lines in every]))
+        (work / "lines.json").write_text(json.dumps([_in_place(lines, folder, files) for lines in every]))
         _run(work, portable.name, every)
         with np.load(work / "found.npz") as file:
             found = dict(file)
@@ -94,33 +93,27 @@ def compare(
     return differences
 
 
-def _given(portable: Portable, pictures: Sequence[np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Gives noise (B, C, S, S), pictures, and pictures as the encoder's own image processor prepares them."""
+def _drawings() -> list[np.ndarray]:
+    source = ShapesSource(_IMAGES, seed=0, size=_SIDE)
+    return [source.read(i) for i in range(_IMAGES)]
+
+
+def _given(portable: Portable, files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Returns noise, and files as the encoder's own image processor prepares them, (B, C, S, S) each."""
     size, channels = portable.config.image_size, portable.config.num_channels
     noise_BCHW = np.random.default_rng(0).standard_normal((_IMAGES, channels, size, size)).astype(np.float32)
-    given = {"random": noise_BCHW}
-    if channels in (1, 3):
-        if pictures is None:
-            source = ShapesSource(_IMAGES, seed=0, size=_SIDE)
-            pictures = [source.read(i) for i in range(_IMAGES)]
-        mode = "RGB" if channels == 3 else "L"
-        images = [Image.fromarray(picture).convert(mode) for picture in pictures]
-        given |= {f"picture{i}": np.asarray(image) for i, image in enumerate(images)}
-        given["real"] = portable.processor(images, return_tensors="pt").pixel_values.numpy()
-    return given
+    return {"random": noise_BCHW, "real": portable.prepare(files).numpy()}
 
 
 @torch.no_grad()
 def _expected(portable: Portable, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     expected = {}
-    for kind in ("random", "real"):
-        if kind not in given:
-            continue
+    for kind in given:
         pixels_BCHW = torch.from_numpy(given[kind])
         expected[f"{kind}/features"] = portable.encoder(pixels_BCHW).pooler_output.numpy()
         if portable.labels is not None:
             expected[f"{kind}/logits"] = portable.model(pixels_BCHW).logits.numpy()
-    for i, pixels_CHW in enumerate(given.get("real", ())):
+    for i, pixels_CHW in enumerate(given["real"]):
         expected[f"picture{i}"] = pixels_CHW
     return expected
 
@@ -134,24 +127,27 @@ def _difference(portable: Portable, key: str, expected: np.ndarray, found: np.nd
         return float("inf")
     difference = np.abs(expected - found)
     if _kind(key) == "pixels":
-        return float((difference * np.reshape(portable.pixels["image_std"], (-1, 1, 1))).max())
+        return float((difference * np.reshape(portable.preprocessing.std, (-1, 1, 1))).max())
     return float(difference.max() / max(1.0, np.abs(expected).max()))
 
 
 def _check(portable: Portable, library: str, differences: dict[str, float], expected: Iterable[str]) -> None:
     for what in sorted({_kind(key) for key in expected}):
-        allowed, found = (1.01 / 255 if what == "pixels" else TOLERANCE), differences.get(what, float("inf"))
-        if not found <= allowed:
-            raise portable.refusal(library, f"its {what} differ by {found:.1e}, more than {allowed:.0e}", [])
+        found = differences.get(what, float("inf"))
+        if not found <= TOLERANCE:
+            raise portable.refusal(library, f"its {what} differ by {found:.1e}, more than {TOLERANCE:.0e}", [])
 
 
-def _in_folder(lines: Lines, folder: Path) -> dict[str, str]:
-    return {**lines._asdict(), "load": at(lines.load, str(folder.resolve()))}
+def _in_place(lines: Lines, folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    prepare = [at(lines.prepare, PHOTO=str(file)) for file in files]
+    return {**lines._asdict(), "load": at(lines.load, FOLDER=str(folder.resolve())), "prepare": prepare}
 
 
-def at(code: str, folder: str) -> str:
-    """Puts a folder into lines of Python, inside a string."""
-    return code.replace("FOLDER", json.dumps(folder, ensure_ascii=False)[1:-1])
+def at(code: str, **places: str) -> str:
+    """Puts paths into lines of Python, inside strings, where their names in capitals stand."""
+    for name, path in places.items():
+        code = code.replace(name, json.dumps(path, ensure_ascii=False)[1:-1])
+    return code
 
 
 def _run(work: Path, name: str, every: Sequence[Lines]) -> None:
@@ -159,7 +155,7 @@ def _run(work: Path, name: str, every: Sequence[Lines]) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in _SECRET}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_MODULES_CACHE": str(work / "code"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-I", "-c", _STRANGER, str(work), str(torch.get_num_threads())]
+    command = [sys.executable, "-I", "-B", "-c", _STRANGER, str(work), str(torch.get_num_threads())]
     libraries = " and ".join(lines.library for lines in every)
     try:
         result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=_TIMEOUT)

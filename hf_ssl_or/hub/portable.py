@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +16,22 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.hub.pixels import OPEN_RGB, is_rgb
+from hf_ssl_or.models import image_conversion
 from hf_ssl_or.models.configuration_ssl import OWN_RESNETS, SHORT_VITS
-from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor
+from hf_ssl_or.models.image_conversion import Preprocessing
+from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLForImageClassification, SSLModel
+
+CONVERSION = Path(image_conversion.__file__)
+
+_LOAD_CONVERSION = """\
+sys.path.append("FOLDER")
+from image_conversion import Preprocessing
+
+with open("FOLDER/config.json") as file:
+    preprocessing = Preprocessing(**json.load(file)["preprocessing"])
+"""
 
 
 class Lines(NamedTuple):
@@ -28,7 +42,7 @@ class Lines(NamedTuple):
         packages: What to install.
         imports: Import statements of `load` and `prepare`.
         load: Loads the files from the folder FOLDER.
-        prepare: Makes `pixel_values` (1, C, H, W) of `image`, a PIL image.
+        prepare: Makes `pixel_values` (1, C, H, W) of the image file PHOTO.
         call: Makes `features` (B, hidden_size) of `pixel_values`, and with a head `logits` (B, num_labels).
     """
 
@@ -90,15 +104,20 @@ class Portable:
                 weights[f"{self.head_name}.{name}"] = tensor
         return weights
 
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What becomes of an image's pixels."""
+        return preprocessing_of(self.processor)
+
+    def prepare(self, files: Sequence[Path]) -> Tensor:
+        """Returns image files as the encoder's own image processor prepares them, (B, C, S, S)."""
+        processor: Any = self.processor
+        return processor(files, return_tensors="pt").pixel_values
+
     @property
-    def pixels(self) -> dict[str, Any]:
-        """What the images must be, in plain values: side, channels, mean and standard deviation."""
-        return {
-            "image_size": int(self.config.image_size),
-            "num_channels": int(self.config.num_channels),
-            "image_mean": [float(value) for value in self.processor.image_mean],
-            "image_std": [float(value) for value in self.processor.image_std],
-        }
+    def takes_rgb(self) -> bool:
+        """Whether images are 8-bit RGB, see `pixels.is_rgb`."""
+        return is_rgb(self.preprocessing)
 
     @property
     def timm_name(self) -> str:
@@ -106,15 +125,42 @@ class Portable:
         return SHORT_VITS.get(self.config.architecture, self.config.architecture)
 
     def describe(self) -> dict[str, Any]:
-        """Gives a small config.json for libraries that know none."""
+        """Returns a small config.json for libraries that know none."""
         labels = {} if self.labels is None else {"id2label": dict(enumerate(self.labels))}
         return {
             "architecture": self.timm_name,
             "hidden_size": self.config.hidden_size,
-            **self.pixels,
+            "image_size": self.config.image_size,
+            "num_channels": self.config.num_channels,
+            "preprocessing": self.preprocessing.to_dict(),
             **labels,
             "pretraining": self.config.pretraining,
         }
+
+    def with_images(self, lines: Lines, *, into: str = "pixel_values = preprocessing.tensor({})[None]\n") -> Lines:
+        """Completes the lines of a library, whose `prepare` takes `image`, upright RGB, by those that read a file.
+
+        Images of other kinds are converted by the file `image_conversion.py` in the folder, see `write_conversion`.
+
+        Args:
+            lines: The lines.
+            into: Makes `pixel_values` of `preprocessing` and a file's name.
+        """
+        if self.takes_rgb:
+            imports = (*lines.imports, "from PIL import Image, ImageOps")
+            return lines._replace(imports=imports, prepare=OPEN_RGB + lines.prepare)
+        readers = "" if self.preprocessing.eight_bit else " tifffile pydicom"
+        return lines._replace(
+            packages=f"{lines.packages}{readers}",
+            imports=("import json", "import sys", *lines.imports),
+            load=lines.load + _LOAD_CONVERSION,
+            prepare=into.format('"PHOTO"'),
+        )
+
+    def write_conversion(self, folder: Path) -> None:
+        """Copies `image_conversion.py` for encoders of images that other libraries cannot prepare."""
+        if not self.takes_rgb:
+            shutil.copyfile(CONVERSION, folder / CONVERSION.name)
 
     def refusal(self, library: str, reason: str, instead: Sequence[str]) -> InputError:
         """Makes the error for an encoder that a library cannot express."""
@@ -162,7 +208,7 @@ def why_not_timm(config: Any) -> str | None:
 
 
 def renamed(weights: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], list[str]]:
-    """Gives weights new names by the first pattern that matches each, and lists the names that none matches."""
+    """Renames weights by the first pattern that matches each, and lists the names that none matches."""
     found, lost = {}, []
     for name, tensor in weights.items():
         for pattern, replacement in rules:

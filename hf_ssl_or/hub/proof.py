@@ -1,7 +1,7 @@
 """The proof before a push: what is about to be pushed gives the same features on a machine without this package.
 
 The folder is loaded by stock transformers in a fresh process where `hf_ssl_or` cannot be imported, and its features of
-the same images are compared with those of the run's encoder, loaded here by our own classes.
+the same image files are compared with those of the run's encoder, loaded here by our own classes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.outbox import file_sha256
+from hf_ssl_or.hub.sample_files import write_samples
+from hf_ssl_or.models.image_processing_ssl import preprocessing_of
 
 TOLERANCE = 1e-5
-_IMAGES, _TIMEOUT = 4, 900
+_PICTURES, _TIMEOUT = 2, 900
 _proven: set[tuple[str, ...]] = set()
 
 # The code in the folder is run here with trust: it is about to be published as the user's own.
@@ -29,14 +30,13 @@ _STRANGER = """
 import sys
 sys.modules["hf_ssl_or"] = None
 import numpy as np, torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-folder, images, found, threads = sys.argv[1:]
+folder, found, threads, *files = sys.argv[1:]
 torch.set_num_threads(int(threads))
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, use_safetensors=True, dtype=torch.float32).eval()
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-pixels = processor([Image.fromarray(image) for image in np.load(images)], return_tensors="pt").pixel_values
+pixels = processor(files, return_tensors="pt").pixel_values
 with torch.no_grad():
     np.save(found, model(pixels).pooler_output.numpy())
 """
@@ -60,7 +60,8 @@ def prove(pushed: Path, original: Path) -> float:
     if fingerprint in _proven:
         return 0.0
     with tempfile.TemporaryDirectory(prefix="hf-ssl-or-proof-") as name:
-        expected_BF, found_BF = _features(original, Path(name)), _foreign_features(pushed, Path(name))
+        files, expected_BF = _features(original, Path(name))
+        found_BF = _foreign_features(pushed, files, Path(name))
     if expected_BF.shape != found_BF.shape:
         raise InputError(f"{pushed}: gives features of shape {found_BF.shape}, not {expected_BF.shape}; not pushed")
     difference = float(np.abs(expected_BF - found_BF).max() / max(1.0, np.abs(expected_BF).max()))
@@ -75,29 +76,34 @@ def prove(pushed: Path, original: Path) -> float:
 
 
 @torch.no_grad()
-def _features(folder: Path, work: Path) -> np.ndarray:
-    """Encodes images made of noise by our own classes; leaves the images in `work`."""
+def _features(folder: Path, work: Path) -> tuple[list[Path], np.ndarray]:
+    """Encodes image files by our own classes; writes the files, of noise, to `work`."""
     try:
         model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
         processor = AutoImageProcessor.from_pretrained(folder)
+        preprocessing = preprocessing_of(processor)
     except Exception as error:  # transformers, safetensors and timm: what they raise cannot be listed
         raise InputError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from error
+    if preprocessing.num_channels != model.config.num_channels:
+        raise InputError(
+            f"{folder}: its image processor makes {preprocessing.num_channels} channels, its model takes "
+            f"{model.config.num_channels}; not pushed"
+        )
     size = model.config.image_size
-    images = np.random.default_rng(0).integers(0, 256, (_IMAGES, size + 3, size + 5, 3), dtype=np.uint8)
-    np.save(work / "images.npy", images)
-    pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
-    return model(pixels).pooler_output.numpy()
+    noise = np.random.default_rng(0).integers(0, 256, (_PICTURES, size + 3, size + 5, 3), dtype=np.uint8)
+    files = write_samples(preprocessing, list(noise), work)
+    return files, model(processor(files, return_tensors="pt").pixel_values).pooler_output.numpy()
 
 
-def _foreign_features(folder: Path, work: Path) -> np.ndarray:
-    """Encodes the same images in a fresh process, without this package, without network and without the token."""
+def _foreign_features(folder: Path, files: list[Path], work: Path) -> np.ndarray:
+    """Encodes the same files in a fresh process, without this package, without network and without the token."""
     secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
     environment = {key: value for key, value in os.environ.items() if key not in secret}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-P", "-c", _STRANGER, str(folder), str(work / "images.npy"), str(work / "found.npy")]
+    command = [sys.executable, "-P", "-c", _STRANGER, str(folder), str(work / "found.npy")]
     try:
         result = subprocess.run(
-            [*command, str(torch.get_num_threads())],
+            [*command, str(torch.get_num_threads()), *map(str, files)],
             cwd=work,
             env=environment,
             capture_output=True,

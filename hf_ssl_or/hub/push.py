@@ -69,8 +69,8 @@ def push_to_hub(
         revision: Branch to commit to, made if absent; None for `main`.
         create_pr: Opens a pull request instead.
         message: First line of the commit.
-        license: The Hub's identifier of the model's licence, say "apache-2.0", for the card.
-        data_license: The licence of the training images in any words, for the card.
+        license: The Hub's identifier of the model's license, say "apache-2.0", for the card.
+        data_license: The license of the training images in any words, for the card.
         dry_run: Collects and proves everything, and sends nothing.
 
     Raises:
@@ -152,7 +152,7 @@ def _dry_run(run_folder: Path, to: Destination, statements: Statements) -> PushR
 
 
 def check_destination(repo_id: str, *, token: bool = True) -> str:
-    """Gives the name back if it is one that the Hub takes, and if there is a token to push with.
+    """Returns the name back if it is one that the Hub takes, and if there is a token to push with.
 
     Raises:
         InputError: It is not, or there is none.

@@ -64,7 +64,7 @@ def with_retries(attempt: Callable[[int], T], *, sleep: Callable[[float], None] 
 
 
 def waiting_time(error: BaseException, number: int) -> float:
-    """Gives the seconds to wait after attempt `number`; never less than the Hub's Retry-After, up to a minute."""
+    """Returns the seconds to wait after attempt `number`; never less than the Hub's Retry-After, up to a minute."""
     wait = FIRST_WAIT * 2**number * (1 + random.random())
     answer = _answer(error)
     asked = "" if answer is None else answer.response.headers.get("Retry-After", "")

@@ -17,13 +17,14 @@ from safetensors import safe_open
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.facts import hub_dataset, without_paths
+from hf_ssl_or.hub.portable import CONVERSION
 from hf_ssl_or.hub.proof import prove
 from hf_ssl_or.hub.secrecy import refuse_secrets, scrubbed_text
 from hf_ssl_or.hub.to_timm import add_timm_files
 from hf_ssl_or.hub.weights import WEIGHTS, weight_files, weights_sha256
 from hf_ssl_or.models import auto
 
-_CODE = tuple(path.name for path in Path(auto.__file__).parent.glob("*_ssl*.py"))
+_CODE = (CONVERSION.name, *(path.name for path in CONVERSION.parent.glob("*_ssl*.py")))
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _CARD_FILES = ("README.md", "recipe.yaml", "results.json")
 _OF_IMAGES = ("views", "neighbours")  # figures that show images of the data set
@@ -35,8 +36,8 @@ class Statements:
     """What only the user can say about an encoder.
 
     Attributes:
-        license: The Hub's identifier of the model's licence, say "apache-2.0".
-        data_license: The licence of the training images in any words.
+        license: The Hub's identifier of the model's license, say "apache-2.0".
+        data_license: The license of the training images in any words.
     """
 
     license: str | None = None
@@ -50,7 +51,7 @@ def collect(run_folder: Path, to: Path, *, repo_id: str, statements: Statements)
         run_folder: A run that has written its encoder.
         to: An empty folder, which becomes the repository's content.
         repo_id: The repository, for the card.
-        statements: Licences, for the card.
+        statements: Licenses, for the card.
 
     Raises:
         InputError: The run holds no encoder, its results are of another encoder, the copy gives other features, or a
@@ -71,7 +72,7 @@ def collect(run_folder: Path, to: Path, *, repo_id: str, statements: Statements)
 
 @contextmanager
 def run_at_checkpoint(run_folder: Path, checkpoint: Path, template: Path) -> Iterator[Path]:
-    """Gives a run that is under way the form of one that ended at a checkpoint and was not judged.
+    """Returns a run that is under way the form of one that ended at a checkpoint and was not evaluated.
 
     Args:
         run_folder: The run.
@@ -114,11 +115,11 @@ def _check_results(run_folder: Path, encoder: Path) -> None:
     if not path.is_file():
         return
     try:
-        judged = json.loads(path.read_text(encoding="utf-8")).get("weights_sha256")
+        evaluated = json.loads(path.read_text(encoding="utf-8")).get("weights_sha256")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if judged != found:
-        what = "does not say which weights it judged" if judged is None else "is of another encoder than encoder/"
+    if evaluated != found:
+        what = "does not say of which weights it is" if evaluated is None else "is of another encoder than encoder/"
         raise InputError(f"{path}: {what}; hf-ssl-or train {run_folder} --resume measures anew; nothing was pushed")
 
 

@@ -47,7 +47,7 @@ def refuse_secrets(files: dict[str, Path], run_folder: Path) -> None:
 
 
 def _readable(file: Path) -> bytes:
-    """Gives a file's content; of safetensors the header, since numbers can look like anything."""
+    """Returns a file's content; of safetensors the header, since numbers can look like anything."""
     with open(file, "rb") as content:
         if file.suffix == ".safetensors":
             return content.read(int.from_bytes(content.read(8), "little"))

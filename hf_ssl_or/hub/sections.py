@@ -16,12 +16,13 @@ from torch import nn
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.facts import RunFacts, counted, duration, seeds_of
 from hf_ssl_or.hub.markdown import block, code, table
+from hf_ssl_or.hub.pixels import TIMES, pixel_table
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.strength import resolve_weight
 
 NONE = "\N{EN DASH}"
-TIMES, PLUS_MINUS = "\N{MULTIPLICATION SIGN}", "\N{PLUS-MINUS SIGN}"
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 PENALTIES = {
     "so": "soft orthogonality (SO)",
     "srip": "spectral restricted isometry (SRIP)",
@@ -45,7 +46,7 @@ _COLLAPSE = {
 
 
 def method_of(facts: RunFacts) -> tuple[str, str]:
-    """Gives the method in words, and its BibTeX entry; of a method from elsewhere its name alone."""
+    """Returns the method in words, and its BibTeX entry; of a method from elsewhere its name alone."""
     name = facts.recipe["method"]["name"]
     if name not in available_methods():
         return f"{code(name)}, a method of its user's own", ""
@@ -55,7 +56,7 @@ def method_of(facts: RunFacts) -> tuple[str, str]:
 
 
 def penalty_of(facts: RunFacts) -> str | None:
-    """Gives the penalty in words, with the weight that "auto" stood for; None for none."""
+    """Returns the penalty in words, with the weight that "auto" stood for; None for none."""
     settings = facts.recipe["orthogonality"]
     if settings["penalty"] == "none":
         return None
@@ -91,7 +92,7 @@ def _width(facts: RunFacts) -> str:
 
 
 def training(facts: RunFacts) -> str:
-    """Gives what was run, as a table."""
+    """Returns what was run, as a table."""
     recipe = facts.recipe
     loop, optimizer, data, views = recipe["training"], recipe["training"]["optimizer"], recipe["data"], recipe["views"]
     images = facts.results.get("data", {})
@@ -116,6 +117,18 @@ def training(facts: RunFacts) -> str:
     return table(("", ""), list(rows.items()), words=2)
 
 
+def pixels(facts: RunFacts) -> str:
+    """Returns what becomes of an image before the encoder sees it, as a table; empty where no result says it."""
+    if facts.preprocessing is None:
+        return ""
+    chosen, origin = facts.recipe["data"].get("value_range"), ""
+    if not facts.preprocessing.eight_bit and isinstance(chosen, list):
+        origin = "as the recipe sets it"
+    elif not facts.preprocessing.eight_bit and chosen == "auto":
+        origin = "measured by percentiles on a sample of the training images"
+    return pixel_table(facts.preprocessing, origin)
+
+
 def _encoder(encoder: dict[str, Any]) -> str:
     shapes = ("stem", "patch_size", "channels", "init_from")
     options = {name: encoder[name] for name in shapes if encoder[name] is not None} | encoder["model_args"]
@@ -124,7 +137,7 @@ def _encoder(encoder: dict[str, Any]) -> str:
 
 
 def compute(facts: RunFacts) -> str:
-    """Gives what the run cost, as measured, as a table."""
+    """Returns what the run cost, as measured, as a table."""
     place, timing = facts.results.get("environment", {}), facts.results.get("run", {})
     rows = []
     if place:
@@ -148,27 +161,27 @@ def compute(facts: RunFacts) -> str:
 
 
 def shown_metrics(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Gives the measures of an evaluation that were taken on the images that judge."""
+    """Yields the measures of an evaluation that were taken on test images."""
     return ((name, value) for name, value in entry["metrics"].items() if not name.startswith("train_"))
 
 
 def spread(value: dict[str, Any]) -> str:
-    """Gives a measure as mean and standard deviation over seeds."""
+    """Returns a measure as mean and standard deviation over seeds."""
     return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" {PLUS_MINUS} {value['std']:.2f}")
 
 
-def judged_on(facts: RunFacts) -> str:
-    """Says which images the evaluations learnt from, and which they judged."""
-    data = facts.evaluations[0]["data"]
+def evaluated_on(facts: RunFacts) -> str:
+    """Says which images the probes were fit on, and which they were tested on."""
+    data, settings = facts.evaluations[0]["data"], facts.evaluation_data
     train, test = (
-        f"{data[side]['size']:,} images of {code(data[side]['name'])}, split {code(facts.judged[f'{side}_split'])}"
+        f"{data[side]['size']:,} images of {code(data[side]['name'])}, split {code(settings[f'{side}_split'])}"
         for side in ("train", "test")
     )
-    return f"The encoder is frozen. Judges learn from its features of {train}, with labels, and are tested on {test}."
+    return f"The encoder is frozen. Probes are fit on its features of {train}, with labels, and tested on {test}."
 
 
 def evaluation(facts: RunFacts) -> str:
-    """Gives every evaluation beside the baselines, as a table."""
+    """Returns every evaluation beside the baselines, as a table."""
     baselines = facts.results.get("baselines", {})
     head = ["Protocol", "Hash", "Measure", "Seeds", "This encoder", *(BASELINES.get(b, code(b)) for b in baselines)]
     rows = []
@@ -191,7 +204,7 @@ def _baseline(entries: list[dict[str, Any]], protocol_hash: str, name: str) -> s
 
 
 def measure(name: str) -> str:
-    """Gives the name of an accuracy in words."""
+    """Returns the name of an accuracy in words."""
     known = re.fullmatch(r"top(\d+)(?:_k(\d+))?", name)
     return f"top-{known[1]}{f', k = {known[2]}' if known[2] else ''}" if known else code(name)
 
@@ -199,21 +212,21 @@ def measure(name: str) -> str:
 def reading(facts: RunFacts) -> str:
     """Says how to read the table of evaluations."""
     many = len(seeds_of(facts.evaluations)) > 1
-    spreads = f"{PLUS_MINUS}: standard deviation over the judge's seeds. " if many else ""
+    spreads = f"{PLUS_MINUS}: standard deviation over the probe's seeds. " if many else ""
     return (
-        f"Accuracy in %. {spreads}{NONE}: not measured, or no randomness in the judge. "
+        f"Accuracy in %. {spreads}{NONE}: not measured, or no randomness in the probe. "
         "Only numbers of one hash, which stands for all settings of the protocol, compare."
     )
 
 
 def protocols(facts: RunFacts) -> str:
-    """Gives the settings of every protocol."""
+    """Returns the settings of every protocol."""
     settings = [{"hash": entry["protocol_hash"], **entry["settings"]} for entry in facts.evaluations]
     return block(yaml.safe_dump(settings, sort_keys=False, width=100), "yaml")
 
 
 def collapse(facts: RunFacts) -> str:
-    """Gives the measures of collapse, as a table."""
+    """Returns the measures of collapse, as a table."""
     measured = facts.results.get("collapse")
     if not measured:
         return ""
@@ -228,7 +241,7 @@ def collapse(facts: RunFacts) -> str:
 
 
 def layers(facts: RunFacts) -> tuple[str, str]:
-    """Gives one sentence on the orthogonality of the weights, and a table of all layers; empty where not measured."""
+    """Returns one sentence on the orthogonality of the weights, and a table of all layers, empty if not measured."""
     after, before = facts.results.get("weights", {}), facts.results.get("weights_before", {})
     if not after:
         return "", ""

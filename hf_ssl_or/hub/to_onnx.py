@@ -60,20 +60,23 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
 
 
 def _lines(portable: Portable, outputs: list[str]) -> Lines:
-    pixels = portable.pixels
-    size, channels = pixels["image_size"], pixels["num_channels"]
-    names = "(features,)" if outputs == ["features"] else ", ".join(outputs)
-    return Lines(
+    p = portable.preprocessing
+    side, names = p.image_size, "(features,)" if outputs == ["features"] else ", ".join(outputs)
+    lines = Lines(
         library="ONNX Runtime",
-        packages="onnxruntime pillow",
-        imports=("import numpy as np", "import onnxruntime", "from PIL import Image"),
+        packages="onnxruntime pillow" if portable.takes_rgb else "onnxruntime pillow torch torchvision",
+        imports=("import numpy as np", "import onnxruntime") if portable.takes_rgb else ("import onnxruntime",),
         load='session = onnxruntime.InferenceSession("FOLDER/model.onnx", providers=["CPUExecutionProvider"])\n',
         prepare=(
-            f"mean = np.array({pixels['image_mean']}, dtype=np.float32)\n"
-            f"std = np.array({pixels['image_std']}, dtype=np.float32)\n"
-            f"image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)\n"
-            f"pixels = np.asarray(image, dtype=np.float32).reshape({size}, {size}, {channels}) / 255\n"
+            f"mean = np.array({list(p.mean)}, dtype=np.float32)\n"
+            f"std = np.array({list(p.std)}, dtype=np.float32)\n"
+            "shorter = min(image.size)\n"
+            f"size = [{p.resize_to} * side // shorter for side in image.size]\n"
+            f"image = image.resize(size, Image.Resampling.{p.interpolation.upper()})\n"
+            f"left, top = (round((side - {side}) / 2) for side in size)\n"
+            f"pixels = np.asarray(image.crop((left, top, left + {side}, top + {side})), dtype=np.float32) / 255\n"
             "pixel_values = ((pixels - mean) / std).transpose(2, 0, 1)[None]\n"
         ),
         call=f'{names} = session.run(None, {{"pixel_values": pixel_values}})\n',
     )
+    return portable.with_images(lines, into="pixel_values = preprocessing.tensor({})[None].numpy()\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
     if reason is not None:
         raise portable.refusal("timm", reason, ["onnx"])
     save_file(portable.weights, folder / _WEIGHTS, {"format": "pt"})
-    write_json(folder / "config.json", {**timm_config(portable), "pretraining": portable.config.pretraining})
+    provenance = {"preprocessing": portable.preprocessing.to_dict(), "pretraining": portable.config.pretraining}
+    write_json(folder / "config.json", {**timm_config(portable), **provenance})
     return [timm_lines(portable), _wrapper_lines(portable)]
 
 
 def timm_config(portable: Portable) -> dict[str, Any]:
-    """Gives the keys of config.json that timm reads.
+    """Returns the keys of config.json that timm reads.
 
     `num_classes` stands at the root alone: transformers' wrapper would pass it on twice if `model_args` had it too.
     """
-    config, pixels = portable.config, portable.pixels
-    classes = len(portable.labels or [])
+    config, classes = portable.config, len(portable.labels or [])
     _, arguments = config.timm_arguments()
     if config.num_channels == 3:
         arguments.pop("in_chans")
@@ -47,18 +48,26 @@ def timm_config(portable: Portable) -> dict[str, Any]:
         "num_features": config.hidden_size,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [config.num_channels, config.image_size, config.image_size],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": pixels["image_mean"],
-            "std": pixels["image_std"],
+            **transform_settings(portable),
             "num_classes": classes,
             "first_conv": portable.net.pretrained_cfg["first_conv"],
             "classifier": portable.head_name,
             "pool_size": None,
         },
         **labels,
+    }
+
+
+def transform_settings(portable: Portable) -> dict[str, Any]:
+    """Returns what `timm.data.create_transform` is told."""
+    p = portable.preprocessing
+    return {
+        "input_size": [p.num_channels, p.image_size, p.image_size],
+        "interpolation": p.interpolation,
+        "crop_pct": p.crop_pct,
+        "crop_mode": "center",
+        "mean": list(p.mean),
+        "std": list(p.std),
     }
 
 
@@ -92,7 +101,9 @@ def add_timm_files(folder: str | Path) -> str | None:
     staging.mkdir(exist_ok=True)
     try:
         save_file(portable.weights, staging / _WEIGHTS, {"format": "pt"})
-        write_json(staging / "config.json", {**ours, **timm_config(portable), "auto_map": auto_map})
+        preprocessing = {"preprocessing": portable.preprocessing.to_dict()}
+        write_json(staging / "config.json", {**ours, **timm_config(portable), **preprocessing, "auto_map": auto_map})
+        portable.write_conversion(staging)
         compare(portable, staging, [timm_lines(portable)])
         shards = [path for path in folder.glob("model-*.safetensors")] + [folder / _INDEX]
         for name in (_WEIGHTS, "config.json"):
@@ -100,21 +111,19 @@ def add_timm_files(folder: str | Path) -> str | None:
         for path in shards:
             path.unlink(missing_ok=True)
     finally:
-        for path in staging.iterdir():
-            path.unlink()
-        staging.rmdir()
+        shutil.rmtree(staging)
     return None
 
 
 def timm_lines(portable: Portable) -> Lines:
-    """Gives the lines by which timm loads the folder."""
+    """Returns the lines by which timm loads the folder."""
     call = "with torch.inference_mode():\n"
     if portable.labels is None:
         call += "    features = model(pixel_values)\n"
     else:
         call += "    features = model.forward_head(model.forward_features(pixel_values), pre_logits=True)\n"
         call += "    logits = model(pixel_values)\n"
-    return Lines(
+    lines = Lines(
         library="timm",
         packages="timm",
         imports=("import timm", "import torch"),
@@ -125,22 +134,27 @@ def timm_lines(portable: Portable) -> Lines:
         ),
         call=call,
     )
+    return portable.with_images(lines)
 
 
 def _wrapper_lines(portable: Portable) -> Lines:
     classes = ["AutoModel"] if portable.labels is None else ["AutoModel", "AutoModelForImageClassification"]
-    load = 'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
-    load += 'encoder = AutoModel.from_pretrained("FOLDER").eval()\n'
+    load = 'encoder = AutoModel.from_pretrained("FOLDER").eval()\n'
     call = "with torch.inference_mode():\n    features = encoder(pixel_values).pooler_output\n"
     if portable.labels is not None:
         load += 'classifier = AutoModelForImageClassification.from_pretrained("FOLDER").eval()\n'
         call += "    logits = classifier(pixel_values).logits\n"
-    prepare = 'pixel_values = processor(image, return_tensors="pt").pixel_values\n'
-    return Lines(
-        library="transformers",
-        packages="transformers timm",
-        imports=("import torch", f"from transformers import {', '.join(['AutoImageProcessor', *classes])}"),
-        load=load,
-        prepare=prepare,
-        call=call,
+    return processor_lines(portable, Lines("transformers", "transformers timm", tuple(classes), load, "", call))
+
+
+def processor_lines(portable: Portable, lines: Lines) -> Lines:
+    """Completes lines of transformers, whose imports are names yet, by its image processor where that is the same."""
+    names = lines.imports
+    if portable.takes_rgb:
+        names = ("AutoImageProcessor", *names)
+        load = 'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+        prepare = 'pixel_values = processor(image, return_tensors="pt").pixel_values\n'
+        lines = lines._replace(load=load + lines.load, prepare=prepare)
+    return portable.with_images(
+        lines._replace(imports=("import torch", f"from transformers import {', '.join(names)}"))
     )

@@ -53,7 +53,7 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
 
 
 def _build_resnet(portable: Portable) -> tuple[str, str]:
-    """Gives the import statement and the lines that build the net; a small stem takes two more."""
+    """Returns the import statement and the lines that build the net; a small stem takes two more."""
     _check_resnet(portable)
     config, stages = portable.config, [list(stage) for stage in portable.encoder.stages()]
     block: Any = stages[0][0]
@@ -90,7 +90,7 @@ def _listed(values: list[int]) -> str:
 
 
 def _vit_weights(portable: Portable) -> dict[str, Tensor]:
-    """Gives the weights torchvision's names, if it has a ViT of this kind."""
+    """Returns the weights by torchvision's names, if it has a ViT of this kind."""
     weights, lost = renamed(portable.weights, _VIT_NAMES)
     reason = None
     if portable.config.num_channels != 3:
@@ -122,7 +122,7 @@ def _build_vit(portable: Portable) -> tuple[str, str]:
 
 
 def _lines(portable: Portable, built: tuple[str, str], head: str) -> Lines:
-    (build_import, load), pixels = built, portable.pixels
+    (build_import, load), p = built, portable.preprocessing
     call = "with torch.inference_mode():\n    features = model(pixel_values)\n"
     weights = 'model.load_state_dict(load_file("FOLDER/model.safetensors"))\n'
     if portable.labels is None:
@@ -133,24 +133,22 @@ def _lines(portable: Portable, built: tuple[str, str], head: str) -> Lines:
     prepare = (
         "transform = v2.Compose(\n"
         "    [\n"
+        f"        v2.Resize({p.resize_to}, v2.InterpolationMode.{p.interpolation.upper()}),\n"
+        f"        v2.CenterCrop({p.image_size}),\n"
         "        v2.PILToTensor(),\n"
-        f"        v2.Resize([{pixels['image_size']}, {pixels['image_size']}], antialias=True),\n"
         "        v2.ToDtype(torch.float32, scale=True),\n"
-        f"        v2.Normalize({pixels['image_mean']}, {pixels['image_std']}),\n"
+        f"        v2.Normalize({list(p.mean)}, {list(p.std)}),\n"
         "    ]\n"
         ")\n"
         "pixel_values = transform(image)[None]\n"
     )
-    return Lines(
+    transforms = ("from torchvision.transforms import v2",) if portable.takes_rgb else ()
+    lines = Lines(
         library="torchvision",
         packages="torchvision safetensors",
-        imports=(
-            "import torch",
-            "from safetensors.torch import load_file",
-            build_import,
-            "from torchvision.transforms import v2",
-        ),
+        imports=("import torch", "from safetensors.torch import load_file", build_import, *transforms),
         load=f"{load}model.eval()\n",
         prepare=prepare,
         call=call,
     )
+    return portable.with_images(lines)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig, ViTImageProcessor
+from transformers import AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
 
-from hf_ssl_or.hub.portable import Lines, Portable, renamed
+from hf_ssl_or.hub.portable import Lines, Portable, renamed, write_json
+from hf_ssl_or.hub.to_timm import processor_lines, transform_settings
 from hf_ssl_or.hub.to_torchvision import PLAIN_RESNET
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
@@ -73,7 +74,8 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
         weights = {key if key.startswith("classifier") else f"{kind.lower()}.{key}": weights[key] for key in weights}
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    _processor(portable).save_pretrained(folder)
+    if portable.takes_rgb:
+        write_json(folder / "preprocessor_config.json", _processor(portable))
     return [_lines(portable, is_vit)]
 
 
@@ -133,7 +135,12 @@ def _resnet_config(portable: Portable) -> PreTrainedConfig:
 
 
 def _shared(portable: Portable) -> dict[str, Any]:
-    shared: dict[str, Any] = {"num_channels": portable.config.num_channels, "image_size": portable.config.image_size}
+    shared: dict[str, Any] = {
+        "num_channels": portable.config.num_channels,
+        "image_size": portable.config.image_size,
+        "preprocessing": portable.preprocessing.to_dict(),
+        **(_processor(portable) if portable.takes_rgb else {}),
+    }
     if portable.labels is None:
         return shared
     id2label = dict(enumerate(portable.labels))
@@ -151,21 +158,17 @@ def _check_size(portable: Portable, config: PreTrainedConfig) -> None:
         raise portable.refusal(_LIBRARY, reason, ["timm", "onnx"])
 
 
-def _processor(portable: Portable) -> ViTImageProcessor:
-    pixels = portable.pixels
-    return ViTImageProcessor(
-        size={"height": pixels["image_size"], "width": pixels["image_size"]},
-        image_mean=pixels["image_mean"],
-        image_std=pixels["image_std"],
-        resample=int(portable.processor.resample),
-        do_convert_rgb=pixels["num_channels"] == 3,
-    )
+def _processor(portable: Portable) -> dict[str, Any]:
+    """Returns the settings of the one image processor of transformers that resizes and crops as timm does.
+
+    Its file is config.json: transformers reads preprocessor_config.json to find the class only.
+    """
+    return {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": transform_settings(portable)}
 
 
 def _lines(portable: Portable, is_vit: bool) -> Lines:
     auto = "AutoModel" if portable.labels is None else "AutoModelForImageClassification"
-    load = 'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
-    call = "with torch.inference_mode():\n"
+    load, call = "", "with torch.inference_mode():\n"
     if portable.labels is None:
         option = ", add_pooling_layer=False" if is_vit else ""
         load += f'encoder = {auto}.from_pretrained("FOLDER"{option}).eval()\n'
@@ -175,12 +178,4 @@ def _lines(portable: Portable, is_vit: bool) -> Lines:
         call += "    logits = classifier(pixel_values).logits\n"
     pooled = "last_hidden_state[:, 0]" if is_vit else "pooler_output.flatten(1)"
     call += f"    features = encoder(pixel_values).{pooled}\n"
-    prepare = 'pixel_values = processor(image, return_tensors="pt").pixel_values\n'
-    return Lines(
-        library="transformers",
-        packages="transformers torchvision",
-        imports=("import torch", f"from transformers import AutoImageProcessor, {auto}"),
-        load=load,
-        prepare=prepare,
-        call=call,
-    )
+    return processor_lines(portable, Lines("transformers", "transformers timm torchvision", (auto,), load, "", call))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from hf_ssl_or.hub.facts import RunFacts
 from hf_ssl_or.hub.markdown import block
+from hf_ssl_or.hub.pixels import OPEN_RGB, is_rgb, photo_name
 from hf_ssl_or.hub.portable import why_not_timm
 
 _LOAD = """\
@@ -13,13 +14,14 @@ from transformers import AutoImageProcessor, AutoModel
 
 encoder = AutoModel.from_pretrained({source}, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained({source}, trust_remote_code=True)
-features = encoder(**processor(images, return_tensors="pt")).pooler_output  # (images, {width})"""
+pixel_values = processor("{photo}", return_tensors="pt").pixel_values
+features = encoder(pixel_values).pooler_output  # (1, {width})"""
 
 _PIPELINES = """\
 from transformers import pipeline
 
 extract = pipeline("image-feature-extraction", {source}, pool=True, trust_remote_code=True)
-features = extract("photo.jpg")"""
+features = extract("{photo}")"""
 
 _FINE_TUNE = """\
 from transformers import AutoModelForImageClassification
@@ -38,14 +40,21 @@ _TIMM = """\
 import timm
 
 encoder = timm.create_model("{place}", pretrained=True).eval()
+features = encoder(pixel_values)  # (1, {width}), of the pixels from above"""
+
+_TIMM_RGB = f"""\
+import timm
+from PIL import Image, ImageOps
+
+encoder = timm.create_model("{{place}}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-features = encoder(transform(image).unsqueeze(0))  # (1, {width})"""
+{OPEN_RGB.replace("PHOTO", "{photo}")}features = encoder(transform(image).unsqueeze(0))  # (1, {{width}})"""
 
 EXPORTED = "encoder-timm"
 
 
 def usage(facts: RunFacts, repo_id: str | None) -> dict[str, str]:
-    """Gives the blocks of code by their name in the template; `timm` is empty where it cannot be said how.
+    """Returns the blocks of code by their name in the template; `timm` is empty where it cannot be said how.
 
     A push to the Hub makes the repository one that timm reads; a run's folder is exported first.
     """
@@ -53,7 +62,9 @@ def usage(facts: RunFacts, repo_id: str | None) -> dict[str, str]:
     width = facts.results.get("collapse", {}).get("dimension")
     place = f"local-dir:{EXPORTED}" if repo_id is None else f"hf-hub:{repo_id}"
     named = {"source": f'"{source}"', "place": place, "width": f"{width:d}" if width else "features"}
-    lines = {"load": _LOAD, "package": _PACKAGE, "pipelines": _PIPELINES, "fine_tune": _FINE_TUNE, "timm": _TIMM}
+    named["photo"] = "photo.jpg" if facts.preprocessing is None else photo_name(facts.preprocessing)
+    timm = _TIMM_RGB if facts.preprocessing is not None and is_rgb(facts.preprocessing) else _TIMM
+    lines = {"load": _LOAD, "package": _PACKAGE, "pipelines": _PIPELINES, "fine_tune": _FINE_TUNE, "timm": timm}
     blocks = {name: block(text.format(**named), "python") for name, text in lines.items()}
     refusal = _refusal(facts)
     return blocks | {"exported": EXPORTED, "why_not_timm": refusal or "", **({} if refusal is None else {"timm": ""})}

@@ -1,8 +1,9 @@
-"""Encoders for transformers; importing this makes the Auto classes know them."""
+"""Encoders for transformers; importing this makes the Auto classes and the pipelines know them."""
 
 from __future__ import annotations
 
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_ssl_or.models.configuration_ssl import SSLResNetConfig, SSLViTConfig
 from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor
@@ -18,3 +19,9 @@ for _config, _model, _classifier, _backbone in (
     AutoModelForImageClassification.register(_config, _classifier)
     AutoBackbone.register(_config, _backbone)
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": SSLImageProcessor})
+
+for _task, _pipeline in (
+    ("image-feature-extraction", "SSLImageFeatureExtractionPipeline"),
+    ("image-classification", "SSLImageClassificationPipeline"),
+):
+    PIPELINE_REGISTRY.supported_tasks[_task]["impl"] = f"{__name__}.pipeline_ssl.{_pipeline}"

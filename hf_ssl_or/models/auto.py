@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
@@ -74,7 +75,8 @@ def create_encoder(
         patch_size: ViTs: side of a patch in pixels.
         channels: ResNets: width of each stage.
         pooling: ViTs: features of the class "token", or the "avg" of the patches.
-        num_channels: Channels of an image.
+        num_channels: Channels of an image. Where the weights of `init_from` are for others, the first layer's are
+            summed up for one channel, and repeated for several.
         init_from: Where the weights come from: a timm name with a tag ("resnet18.a1_in1k"), a Hub id, also with its
             revision ("org/name@v2"), or a folder, in this package's layout or timm's. Only safetensors are read.
         orthogonality: Settings to keep in the configuration.
@@ -263,11 +265,16 @@ class _Checkpoint:
 
 
 def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:
-    """Copies the weights; those of a ViT's patches and positions are resampled by timm where the sizes differ."""
+    """Copies the weights; timm adapts those of a ViT's patches and positions to other sizes, and the first to channels.
+
+    Weights of colors are summed up for gray images, and repeated for more channels, divided so that sums stay alike.
+    """
     net, weights = model.timm_model, checkpoint.read()
     if isinstance(model, SSLViTModel):
         weights = checkpoint_filter_fn(weights, net)
-    expected = net.state_dict()
+    expected, first = net.state_dict(), f"{net.default_cfg['first_conv']}.weight"
+    if first in weights and weights[first].ndim == 4:
+        weights[first] = adapt_input_conv(model.config.num_channels, weights[first], weights[first].shape[1])
     for key in sorted(expected.keys() ^ weights.keys()):
         side = "has no" if key in expected else "has an unknown"
         raise ValueError(f"init_from: {checkpoint.source} {side} {key}")

@@ -1,5 +1,6 @@
 """Configurations: the orthogonality settings of a run, and the two families of encoders that carry them."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -94,6 +95,15 @@ _TRANSFORMERS_KEYS = (
     *("_name_or_path", "_commit_hash", "_attn_implementation_internal", "_experts_implementation_internal"),
 )
 _TIMM_KEYS = ("pretrained_cfg", "num_classes", "label_names")
+_PIPELINES = {
+    "image-feature-extraction": {"impl": "pipeline_ssl.SSLImageFeatureExtractionPipeline", "pt": ["AutoModel"]},
+    "image-classification": {
+        "impl": "pipeline_ssl.SSLImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+    },
+}
+# Code in a folder of the Hub, which transformers runs under this name. The package's own pipelines need no trust.
+_IS_REMOTE = __name__.startswith("transformers_modules.")
 
 
 def list_architectures(model_type: str) -> list[str]:
@@ -149,7 +159,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if "model_type" in kwargs:  # a saved configuration, perhaps of a newer version
-            kwargs = self._without_timms(kwargs)
+            kwargs = self._without_others(kwargs)
         else:
             self._refuse_unknown(kwargs)
         self._check_values()
@@ -166,6 +176,8 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             "AutoModelForImageClassification": f"{module}.{name}ForImageClassification",
             "AutoBackbone": f"{module}.{name}Backbone",
         }
+        if _IS_REMOTE:
+            kwargs["custom_pipelines"] = copy.deepcopy(_PIPELINES)
         self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(self._num_stages(net))]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -183,6 +195,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         output = super().to_dict()
         if isinstance(self.orthogonality, OrthogonalityConfig):
             output["orthogonality"] = self.orthogonality.to_dict()
+        output["custom_pipelines"] = copy.deepcopy(_PIPELINES)
         return output
 
     def timm_arguments(self) -> tuple[str, dict[str, Any]]:
@@ -203,10 +216,10 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"architecture: {name} is a {type(net).__name__}, not of the family {self.model_type}")
         return net
 
-    def _without_timms(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Drops what a published configuration says to timm alone; our own fields say it as well."""
+    def _without_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Drops what a published configuration says to timm and to transformers' pipelines alone."""
         self.model_args = {key: value for key, value in self.model_args.items() if key not in self.fixed_arguments}
-        return {key: value for key, value in kwargs.items() if key not in _TIMM_KEYS}
+        return {key: value for key, value in kwargs.items() if key not in (*_TIMM_KEYS, "custom_pipelines")}
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = [f.name for f in dataclasses.fields(self)]

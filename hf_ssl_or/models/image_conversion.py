@@ -1,15 +1,15 @@
 """One way from a file to pixels: any file or object becomes an upright array, then the square that an encoder gets.
 
 Views, probes, the monitor, the image processor (also in a folder of the Hub, which carries this file), pipelines and
-exports all come here, so that an image has the same pixels wherever an encoder meets it. PIL resizes everywhere.
+exports all come here, so that an image has the same pixels wherever an encoder meets it. PIL resizes in evaluation.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -21,15 +21,22 @@ from torch import Tensor
 
 tifffile: Any = None
 pydicom: Any = None
-with contextlib.suppress(ImportError):  # a folder of the Hub may be used where they are not installed
+# A folder of the Hub may be used where these are not installed; transformers requires all imports outside of a try.
+try:  # noqa: SIM105
     import tifffile
-with contextlib.suppress(ImportError):
+except ImportError:
+    pass
+try:
     import pydicom
     from pydicom.pixels import apply_rescale, apply_voi_lut, pixel_array
-with contextlib.suppress(ImportError):
+except ImportError:
+    pass
+try:
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+except ImportError:
+    pass
 
 MAX_CHANNELS = 32
 MAX_ASPECT = 100  # of the longer side to the shorter one
@@ -117,6 +124,18 @@ class Preprocessing:
         pixels = of_kind(to_pixels(image, self.num_channels), self.value_range, self.eight_bit)
         return resize_and_crop(pixels, self.resize_to, self.image_size, self.interpolation)
 
+    def tensor(self, image: Any) -> Tensor:
+        """Returns what the encoder gets of an image: (C, image_size, image_size) float32, normalized.
+
+        Args:
+            image: What `to_pixels` takes, say a path.
+
+        Raises:
+            ValueError, OSError: As `square`.
+        """
+        x_CHW = torch.from_numpy(np.array(self.square(image).transpose(2, 0, 1)))
+        return normalize_pixels(scale_pixels(x_CHW, self.value_range), self.mean, self.std)
+
 
 def of_kind(pixels: np.ndarray, value_range: ValueRange, eight_bit: bool) -> np.ndarray:
     """Refuses 8-bit pixels where others were measured, and others where 8-bit ones were.
@@ -189,7 +208,6 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
-Box = tuple[float, float, float, float]
 
 
 def resize_and_crop(
@@ -215,43 +233,25 @@ def output_size(size: Sequence[int], shorter: int) -> tuple[int, int]:
     return (shorter, longer) if height <= width else (longer, shorter)
 
 
-def resize(
-    pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: Interpolation = "bilinear", box: Box | None = None
-) -> np.ndarray:
-    """Resizes an image, or a box of it, antialiased.
+def resize(pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> np.ndarray:
+    """Resizes an image, antialiased, by PIL.
 
     Args:
         pixels_HWC: Pixels of one of our four types.
         size: Height and width of the result.
         interpolation: Filter.
-        box: Left, top, right and bottom edge in pixels, fractions allowed; None takes the whole image.
 
     Returns:
         (*size, C), uint8 for uint8 and float32 for other types; pixels that are left as they were keep their type.
     """
-    height, width = pixels_HWC.shape[:2]
-    if size == (height, width) and box in (None, (0, 0, width, height)):
+    if pixels_HWC.shape[:2] == size:
         return pixels_HWC
-    return resize_boxes(pixels_HWC, size, [box], interpolation)[0]
-
-
-def resize_boxes(
-    pixels_HWC: np.ndarray,
-    size: tuple[int, int],
-    boxes: Sequence[Box | None],
-    interpolation: Interpolation = "bilinear",
-) -> list[np.ndarray]:
-    """Resizes several boxes of one image, see `resize`: (*size, C) each."""
-    eight_bit, channels = pixels_HWC.dtype == np.uint8, pixels_HWC.shape[-1]
-    if eight_bit and channels == 3:
-        planes = [Image.fromarray(pixels_HWC)]
-    else:
-        kind = np.uint8 if eight_bit else np.float32
-        parts = (np.ascontiguousarray(pixels_HWC[..., channel], dtype=kind) for channel in range(channels))
-        planes = [Image.fromarray(part) for part in parts]
     shape, resample = (size[1], size[0]), _FILTERS[interpolation]
-    resized = [[np.asarray(plane.resize(shape, resample, box=box)) for plane in planes] for box in boxes]
-    return [parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1) for parts in resized]
+    if pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[-1] == 3:
+        return np.asarray(Image.fromarray(pixels_HWC).resize(shape, resample))
+    kind = np.uint8 if pixels_HWC.dtype == np.uint8 else np.float32
+    planes = (np.ascontiguousarray(plane, dtype=kind) for plane in np.moveaxis(pixels_HWC, -1, 0))
+    return np.stack([np.asarray(Image.fromarray(plane).resize(shape, resample)) for plane in planes], axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +446,9 @@ def _open_deep_png(content: bytes) -> np.ndarray:
     from torchvision.io import ImageReadMode, decode_image
 
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    pixels_CHW = decode_image(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the function; what is to replace it needs FFmpeg
+        pixels_CHW = decode_image(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     pixels = pixels_CHW.permute(1, 2, 0).numpy()
     return pixels[..., :1] if pixels.shape[-1] == 2 else pixels  # grayscale: its transparency says nothing of it
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.request import urlopen
 
 import numpy as np
@@ -24,6 +24,9 @@ from .image_conversion import (
     scale_pixels,
     to_pixels,
 )
+
+if TYPE_CHECKING:  # transformers puts into a folder what is imported beside a class: the pipelines go with it
+    from .pipeline_ssl import SSLImageFeatureExtractionPipeline  # noqa: F401
 
 
 class SSLImageProcessorKwargs(ImagesKwargs, total=False):

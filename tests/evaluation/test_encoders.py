@@ -24,6 +24,7 @@ from transformers import (
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoders import FrozenEncoder, load_encoder
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -50,15 +51,15 @@ def test_ours_from_a_folder_and_from_a_run(tmp_path: Path) -> None:
     model = create_encoder("resnet18", image_size=32, **SLIM).eval()
     for folder in (tmp_path / "plain", tmp_path / "run" / "encoder"):
         model.save_pretrained(folder)
-        build_image_processor(32, MEAN, STD).save_pretrained(folder)
+        build_image_processor(Preprocessing(image_size=32, mean=MEAN, std=STD)).save_pretrained(folder)
     (tmp_path / "run" / "recipe.yaml").write_text("{}")
     for name in ("plain", "run"):
         encoder = load_encoder(str(tmp_path / name))
-        assert (encoder.image_size, list(encoder.mean), list(encoder.std)) == (32, MEAN, STD)
+        assert (encoder.image_size, encoder.processing.mean, encoder.processing.std) == (32, tuple(MEAN), tuple(STD))
         torch.testing.assert_close(features(encoder), model(IMAGES).pooler_output.detach())
     untrained = load_encoder(f"random:{tmp_path / 'run'}")
     assert untrained.key() == load_encoder(f"random:{tmp_path / 'run'}").key() != encoder.key()
-    assert features(untrained).shape == features(encoder).shape and untrained.mean == encoder.mean
+    assert features(untrained).shape == features(encoder).shape and untrained.processing == encoder.processing
     assert load_encoder(f"{tmp_path / 'run'}@48").image_size == 48
 
 
@@ -78,7 +79,7 @@ def test_transformers_features_come_from_the_pooler_the_class_token_or_the_mean(
         encoder = load_encoder(save(model, tmp_path / name))
         assert encoder.pooling == pooling, name
         torch.testing.assert_close(features(encoder), wanted)
-        assert (encoder.image_size, list(encoder.mean)) == (32, MEAN) and not encoder.model.training
+        assert (encoder.image_size, encoder.processing.mean) == (32, tuple(MEAN)) and not encoder.model.training
 
 
 @torch.no_grad()
@@ -96,13 +97,14 @@ def test_timm_from_a_folder_that_timm_wrote(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=7).eval()
     save_for_hf(net, tmp_path / "net")
     encoder = load_encoder(str(tmp_path / "net"))
-    assert encoder.image_size == net.pretrained_cfg["input_size"][-1] and encoder.mean == net.pretrained_cfg["mean"]
+    own = net.pretrained_cfg
+    assert encoder.image_size == own["input_size"][-1] and encoder.processing.mean == own["mean"]
     torch.testing.assert_close(features(encoder), net.forward_head(net.forward_features(IMAGES), pre_logits=True))
 
 
 def test_untrained_nets(tmp_path: Path) -> None:
     small, again = load_encoder("random:resnet18@32"), load_encoder("random:resnet18@32")
-    assert small.model.config.stem == "small" and small.image_size == 32 and small.mean is None
+    assert small.model.config.stem == "small" and small.image_size == 32 and small.processing.mean is None
     assert small.key() == again.key() and small.describe()["parameters"] > 11e6
     assert load_encoder("random:test_vit@64").image_size == 64  # timm's, told its size
     assert load_encoder("random:timm:test_resnet@40").image_size == 40

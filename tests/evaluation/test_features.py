@@ -12,16 +12,18 @@ import torch.distributed as dist
 from processes import run_all
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.views import clean_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import ViewSpec
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-NORMAL = {"mean": MEAN, "std": STD, "device": "cpu", "progress": False}
+NORMAL = {"device": "cpu", "progress": False}
 VIEWS = (ViewSpec(), ViewSpec(crop_scale=(0.5, 1.0), jitter=0))
 
 
@@ -39,36 +41,33 @@ class Encoder(nn.Module):
         return SimpleNamespace(pooler_output=self.net(pixel_values).mean(2))
 
 
-def image_set(n: int = 23, side: int = 12, labels: bool = True) -> ImageSet:
+def noise(n: int, side: int) -> Tensor:
+    """Pixels (n, side, side, 3)."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
-    return ImageSet(
-        images=images,
-        labels=torch.arange(n) % 3 if labels else None,
+    pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def image_set(n: int = 23, side: int = 12, labels: bool = True, size: int | None = None) -> ImageSet:
+    return ImageSet.from_arrays(
+        noise(n, side).numpy(),
+        torch.arange(n) % 3 if labels else None,
         class_names=["a", "b", "c"] if labels else None,
-        mean=MEAN,
-        std=STD,
         name="noise",
-        fingerprint="0" * 24,
-        image_size=side,
+        preprocessing=Preprocessing(image_size=size or side, mean=MEAN, std=STD),
     )
 
 
 def plain_loop(images: ImageSet, num_views: int, seed: int = 0) -> Tensor:
-    encoder, rows = Encoder().eval(), []
+    encoder, rows, how = Encoder().eval(), [], images.preprocessing
     with torch.no_grad():
-        for i in range(len(images)):
-            image = images.batch(torch.tensor([i]), "cpu")
-            row = [encoder(clean_views(image, 12, MEAN, STD)).pooler_output]
+        for i, image in enumerate(noise(len(images), 12).split(1)):
+            row = [encoder(clean_views(image, how)).pooler_output]
             for view in range(num_views - 1):
-                keys = {
-                    "seed": hashed_seed("evaluation", seed),
-                    "epoch": 0,
-                    "index_B": np.array([i]),
-                    "source_size": 12,
-                }
-                drawn = draw_parameters([VIEWS[view % 2]], first_view=view, **keys)
-                row.append(encoder(render_views(image, drawn, MEAN, STD)[0]).pooler_output)
+                key = hashed_seed("evaluation", seed)
+                group = ViewGroup(specs=(VIEWS[view % 2],), size=12, seed=key, epoch=0, first_view=view)
+                drawn = sample_parameters(group, np.array([i]), original_size=(12, 12))
+                row.append(encoder(render_views(image, drawn, how)[0]).pooler_output)
             rows.append(torch.stack(row).mean(0))
     return torch.cat(rows)
 
@@ -90,9 +89,10 @@ def test_the_seed_draws_the_augmented_views() -> None:
 
 
 def test_images_are_resized_to_what_the_encoder_takes() -> None:
-    images = image_set()
-    expected = Encoder().eval()(clean_views(images.images, 20, MEAN, STD)).pooler_output
-    torch.testing.assert_close(extract_features(Encoder(), images, **NORMAL, image_size=20), expected.detach())
+    images, how = image_set(size=20), Preprocessing(image_size=20, mean=MEAN, std=STD)
+    squares = torch.from_numpy(np.stack([how.square(pixels.numpy()) for pixels in noise(23, 12)]))
+    expected = Encoder().eval()(clean_views(squares, how)).pooler_output
+    torch.testing.assert_close(extract_features(Encoder(), images, **NORMAL), expected.detach())
 
 
 def test_the_encoder_keeps_its_modes_and_statistics() -> None:
@@ -119,7 +119,7 @@ def test_bf16_gives_float32_near_the_same() -> None:
 
 def test_pixels_as_features() -> None:
     images = image_set()
-    torch.testing.assert_close(pixel_features(images), images.images.reshape(23, 432).float() / 255)
+    torch.testing.assert_close(pixel_features(images), noise(23, 12).permute(0, 3, 1, 2).reshape(23, 432) / 255)
 
 
 def test_bad_input_is_refused() -> None:

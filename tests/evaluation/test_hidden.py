@@ -12,36 +12,35 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from hf_ssl_or.data.images import ImageSet
-from hf_ssl_or.data.views import clean_views, draw_parameters, render_views
+from hf_ssl_or.data.augmentation_sampling import ViewGroup
+from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.views import clean_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum, scatter_views
 from hf_ssl_or.evaluation.spectra import CovarianceAccumulator
 from hf_ssl_or.evaluation.view_scatter import ViewScatter
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import ViewSpec
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-NORMAL = {"mean": MEAN, "std": STD, "device": "cpu"}
+NORMAL = {"device": "cpu"}
 VIEWS = (ViewSpec(), ViewSpec(crop_scale=(0.5, 1.0), jitter=0))
 WORLD = 4
 
 
-def image_set(n: int = 18, side: int = 12) -> ImageSet:
+def noise(n: int, side: int) -> torch.Tensor:
+    """Pixels (n, side, side, 3)."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
-    return ImageSet(
-        images=images,
-        labels=None,
-        class_names=None,
-        mean=MEAN,
-        std=STD,
-        name="noise",
-        fingerprint="0" * 24,
-        image_size=side,
-    )
+    pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def image_set(n: int = 18, side: int = 12) -> ImageSet:
+    how = Preprocessing(image_size=side, mean=MEAN, std=STD)
+    return ImageSet.from_arrays(noise(n, side).numpy(), name="noise", preprocessing=how)
 
 
 def encoder(kind: str = "resnet") -> nn.Module:
@@ -58,7 +57,7 @@ def test_covariances_are_those_of_all_outputs(kind: str) -> None:
     moments = hidden_covariances(model, images, **NORMAL, batch_size=5)
     assert model.training
     with torch.no_grad():
-        output = model.eval()(clean_views(images.images, 12, MEAN, STD), output_hidden_states=True)
+        output = model.eval()(clean_views(noise(18, 12), images.preprocessing), output_hidden_states=True)
     pooled = [x.mean((2, 3)) if x.ndim == 4 else x.mean(1) for x in output.hidden_states]
     stages = ["stem", "stage1", "stage2", "stage3", "stage4"] if kind == "resnet" else ["stem", "stage1", "stage2"]
     assert list(moments) == [*(f"hidden/{stage}" for stage in stages), "representation"]
@@ -77,12 +76,10 @@ def test_outputs_may_be_flattened() -> None:
 
 
 def test_the_spectrum_of_the_input() -> None:
-    images = image_set(700, side=6)
-    values = np.linalg.eigvalsh(np.cov(images.images.flatten(1).double().numpy().T))[::-1]
-    np.testing.assert_allclose(input_spectrum(images), values / values[0], rtol=1e-4)
-    large = image_set(9, side=64)
-    averaged = large.images.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)).flatten(1)
-    spectrum = input_spectrum(large)
+    values = np.linalg.eigvalsh(np.cov(noise(700, 6).flatten(1).double().numpy().T))[::-1]
+    np.testing.assert_allclose(input_spectrum(image_set(700, side=6)), values / values[0], rtol=1e-4)
+    averaged = noise(9, 64).double().unflatten(2, (32, 2)).unflatten(1, (32, 2)).mean((2, 4)).flatten(1)
+    spectrum = input_spectrum(image_set(9, side=64))
     values = np.linalg.eigvalsh(np.cov(averaged.numpy()))[::-1]
     assert spectrum.shape == (3072,) and (spectrum > 0).sum() == 8
     values = np.linalg.svd(averaged.numpy() - averaged.numpy().mean(0), compute_uv=False)[:8] ** 2
@@ -91,18 +88,19 @@ def test_the_spectrum_of_the_input() -> None:
 
 def test_a_sample_depends_on_its_key_alone() -> None:
     images = image_set(50)
-    first, again, other = (images.sample(20, key, "sample").images for key in (0, 0, 1))
-    assert len(first) == 20 and first.equal(again) and not first.equal(other)
+    first, again, other = (images.sample(20, key, "sample").unit_squares(np.arange(20)) for key in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
     assert len(images.sample(100, 0)) == 50
 
 
 def test_scattered_views_are_those_of_a_bank() -> None:
     images, model = image_set(), encoder()
     scatter = scatter_views(model, images, VIEWS, num_views=3, **NORMAL, batch_size=7, seed=2)
-    keys = {"seed": hashed_seed("evaluation", 2), "epoch": 0, "source_size": 12}
-    drawn = draw_parameters([VIEWS[0], VIEWS[1], VIEWS[0]], index_B=np.arange(18), **keys)
+    group = ViewGroup(specs=(VIEWS[0], VIEWS[1], VIEWS[0]), size=12, seed=hashed_seed("evaluation", 2), epoch=0)
+    drawn = sample_parameters(group, np.arange(18), original_size=(12, 12))
     with torch.no_grad():
-        views_VBD = torch.stack([model(x).pooler_output for x in render_views(images.images, drawn, MEAN, STD)])
+        rendered = render_views(noise(18, 12), drawn, images.preprocessing)
+        views_VBD = torch.stack([model(x).pooler_output for x in rendered])
     bank = ViewScatter.of(views_VBD.transpose(0, 1))
     assert scatter.count == 18
     torch.testing.assert_close(scatter.within_DD, bank.within_DD, rtol=1e-3, atol=1e-6)

@@ -1,7 +1,8 @@
-"""Labels mean the same in both splits; sizes, splits and names of data sets are found."""
+"""Labels mean the same in both splits; sizes, splits and names are found; a hold-out stands in for a split."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import datasets
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.labelled import find_dataset, find_test_split, load_labelled, natural_side
+from hf_ssl_or.evaluation.labelled import find_dataset, find_test_split, load_labelled
 
 
 def image_folder(folder: Path, splits: dict[str, dict[str, int]], side: int = 12) -> DataArguments:
@@ -72,8 +74,11 @@ def test_all_training_images_take_part(tmp_path: Path) -> None:
 
 def test_mixed_sizes_become_central_squares(tmp_path: Path) -> None:
     data = image_folder(tmp_path, {"train": {"a": 5, "b": 5}, "test": {"a": 1, "b": 1}})
-    assert natural_side(data) == 14  # of 12, 13, 14, 15, 16
-    assert load_labelled(data)[0].images.shape == (10, 3, 16, 16)
+    squares = load_labelled(data)[0].unit_squares(np.arange(10))
+    as_torchvision_does = v2.Compose([v2.Resize(16), v2.CenterCrop(16), v2.PILToTensor()])
+    files = sorted((tmp_path / "train").rglob("*.png"))  # of 12, 13, 14, 15 and 16 pixels, and longer on one side
+    expected = torch.stack([as_torchvision_does(Image.open(file)) for file in files])
+    assert (squares * 255).round().equal(expected.float())
 
 
 def test_the_validation_split_stands_in(tmp_path: Path) -> None:
@@ -95,3 +100,54 @@ def test_names_in_the_folder_of_data_sets(tmp_path: Path, monkeypatch) -> None:
         str(tmp_path),
     ]
     assert torch.is_tensor(load_labelled(DataArguments(dataset="shapes", shapes_train=9, shapes_test=5))[1].labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets without a test split
+
+
+def rows(images) -> list[int]:
+    return images.job.rows.tolist()
+
+
+def test_a_set_without_a_test_split_is_parted_class_by_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = image_folder(tmp_path / "pictures", {"": {"ant": 10, "bee": 20, "cat": 30}})
+    train, test = load_labelled(data)
+    (line,) = caplog.messages
+    assert line == (
+        "pictures has no split 'test': probes are tested on 6 of its 60 training images, held out from their fit by a "
+        "seed (data.holdout=0.1); pretraining sees them, without labels"
+    )
+    assert sorted(rows(train) + rows(test)) == list(range(60))
+    assert test.labels.bincount().tolist() == [1, 2, 3] and train.labels.bincount().tolist() == [9, 18, 27]
+    assert train.class_names == test.class_names == ["ant", "bee", "cat"]
+    assert test.preprocessing == train.preprocessing
+    again = load_labelled(data, required=False)
+    assert [rows(images) for images in again] == [rows(train), rows(test)]
+
+
+def test_the_share_that_is_held_out(tmp_path: Path) -> None:
+    data = image_folder(tmp_path, {"": {"a": 8, "b": 8}})
+    few, many = (load_labelled(dataclasses.replace(data, holdout=share, fraction=0.5)) for share in (0.25, 0.5))
+    assert [len(images) for images in (*few, *many)] == [12, 4, 8, 8]
+    assert set(rows(few[1])) < set(rows(many[1]))
+    for share in (0, 1.0):
+        with pytest.raises(InputError, match="data.holdout: a share of more than 0 and less than 1"):
+            dataclasses.replace(data, holdout=share)
+
+
+def test_a_table_without_a_test_split_is_parted_too(tmp_path: Path) -> None:
+    train, test = load_labelled(table(tmp_path / "words", {"train": ["b", "a"] * 20}))
+    assert test.labels.bincount().tolist() == [2, 2] and not set(rows(train)) & set(rows(test))
+
+
+def test_what_has_no_labels_is_not_parted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
+    flat = DataArguments(dataset=str(tmp_path), image_size=8)
+    assert load_labelled(flat, required=False) is None
+    with pytest.raises(InputError, match="split 'train' has no labels"):
+        load_labelled(flat)
+    shapes = DataArguments(dataset="shapes", shapes_train=50, shapes_test=0)
+    assert load_labelled(shapes, required=False) is None and not caplog.messages
+    train, test = load_labelled(shapes)
+    assert len(train) + len(test) == 50 and len(test) > 0

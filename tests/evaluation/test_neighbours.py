@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.data.images import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.evaluation.neighbours import nearest_neighbours, pack_features, write_samples
+from hf_ssl_or.models.image_conversion import Preprocessing
 
 
 class Pixels(nn.Module):
@@ -21,13 +22,16 @@ class Pixels(nn.Module):
         return SimpleNamespace(pooler_output=images_BCHW.flatten(1)[:, :24])
 
 
+def noise(n: int, size: int = 8) -> Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
 def image_set(n: int, *, labelled: bool = True, size: int = 8) -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.arange(n) % 3 if labelled else None
     names = ["a", "b<i>", "c"] if labelled else None
-    shared = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "name": "noise", "fingerprint": "f", "image_size": size}
-    return ImageSet(images=images, labels=labels, class_names=names, **shared)
+    how = Preprocessing(image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
+    pixels = noise(n, size).permute(0, 2, 3, 1).numpy()
+    return ImageSet.from_arrays(pixels, labels, class_names=names, name="noise", preprocessing=how)
 
 
 def test_neighbours_equal_a_sort_of_cosines() -> None:
@@ -63,7 +67,7 @@ def test_packed_features_that_do_not_vary_are_zero() -> None:
 
 def test_files_of_a_labelled_set(tmp_path: Path) -> None:
     images = image_set(40)
-    arguments = {"mean": images.mean, "std": images.std, "device": "cpu", "limit": 30, "queries": 4, "k": 5}
+    arguments = {"device": "cpu", "limit": 30, "queries": 4, "k": 5}
     write_samples(Pixels(), images, tmp_path, **arguments)
     features, neighbours = np.load(tmp_path / "features.npz"), np.load(tmp_path / "neighbours.npz")
     assert features["features"].shape == (30, 24) and features["class_names"].tolist() == ["a", "b<i>", "c"]
@@ -71,7 +75,7 @@ def test_files_of_a_labelled_set(tmp_path: Path) -> None:
     assert (np.diff(neighbours["distances"]) >= 0).all() and (neighbours["distances"] >= 0).all()
     for shown, labels in zip(neighbours["images"], neighbours["labels"], strict=True):
         for picture, label in zip(shown, labels, strict=True):
-            (source,) = np.flatnonzero((images.images.numpy() == picture).all((1, 2, 3)))
+            (source,) = np.flatnonzero((noise(40).numpy() == picture).all((1, 2, 3)))
             assert label == source % 3
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_samples(Pixels(), images, tmp_path, **arguments)
@@ -81,7 +85,7 @@ def test_files_of_a_labelled_set(tmp_path: Path) -> None:
 
 def test_files_of_a_small_unlabelled_set(tmp_path: Path) -> None:
     images = image_set(3, labelled=False, size=100)
-    write_samples(Pixels(), images, tmp_path, mean=images.mean, std=images.std, device="cpu")
+    write_samples(Pixels(), images, tmp_path, device="cpu")
     neighbours = np.load(tmp_path / "neighbours.npz")
     assert neighbours["images"].shape == (3, 3, 3, 64, 64) and "labels" not in neighbours
     assert np.load(tmp_path / "features.npz").files == ["features"]

@@ -16,9 +16,10 @@ from test_labelled import image_folder, table
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.transfer import markdown_table, short_names, table_rows
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 
 SHAPES = ["data.shapes_train=60", "data.shapes_test=30"]
@@ -31,7 +32,8 @@ def write_encoder(folder: Path, seed: int = 0, change=None) -> str:
         with torch.no_grad():
             change(model)
     model.save_pretrained(folder)
-    build_image_processor(16, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]).save_pretrained(folder)
+    how = Preprocessing(image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    build_image_processor(how).save_pretrained(folder)
     return str(folder)
 
 
@@ -116,15 +118,16 @@ def test_other_labels_seeds_or_weights_are_other_cells(tmp_path: Path, monkeypat
     assert not known("evaluation.seeds=[2]")
 
 
-def test_small_originals_are_enlarged_on_the_device(tmp_path: Path, monkeypatch) -> None:
+def test_squares_are_stored_as_the_encoder_gets_them(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_SSL_OR_CACHE", str(tmp_path / "cache"))
     folder = data_set(tmp_path / "pictures")
     line = ["evaluate", "random:timm:test_resnet@40", "--datasets", folder, "--protocols", "few-shot"]
     assert main([*line, "data.cache=disk", "--output", str(tmp_path / "r.json")]) == 0
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["encoders"][0]["image_size"] == 40
-    assert len(list((tmp_path / "cache").glob("*-15px-*.uint8"))) == 2
-    images = load_images(DataArguments(dataset=folder, image_size=40, cache_size=15), "train")
+    files = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*-square-*.uint8"))
+    assert files == [n * 40 * 40 * 3 for n in (6, 16)]
+    images = load_images(DataArguments(dataset=folder, image_size=40), "train")
     assert results["evaluations"][0]["data"]["train"]["fingerprint"] == images.fingerprint
 
 

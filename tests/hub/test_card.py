@@ -29,12 +29,14 @@ from hf_ssl_or.hub.markdown import block
 from hf_ssl_or.hub.portable import read_portable
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import environment
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
 MakeRun = Callable[..., Path]
+PIXELS: dict[str, Any] = {"image_size": 32, "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.2] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def material() -> tuple[dict[str, Any], dict[str, Any]]:
     results = {
         "recipe": recipe,
         "run": {"steps": 40, "train_seconds_this_session": 372.0},
-        "data": {"name": "photos", "fingerprint": "f6be", "images": 20000},
+        "data": {"name": "photos", "fingerprint": "f6be", "images": 20000, "preprocessing": PIXELS},
         "evaluations": [entry | {"data": data} for entry in judged],
         "collapse": collapse_report(features),
         "weights": weight_report(encoder),
@@ -129,7 +131,7 @@ def test_the_tables_hold_the_numbers_of_the_results(make_run: MakeRun):
     first = results["evaluations"][0]["metrics"]["top1_k20"]["mean"]
     untrained = results["baselines"]["untrained"][0]["metrics"]["top1_k20"]["mean"]
     assert f"| `knn` | `53a583e01993` | top-1, k = 20 | – | **{first:.2f}** | {untrained:.2f} |" in text
-    assert "| top-1 | 0, 1, 2 | **" in text and "standard deviation over the judge's seeds" in text
+    assert "| top-1 | 0, 1, 2 | **" in text and "standard deviation over the probe's seeds" in text
     collapse = section(text, "Dimensions in use")
     assert (
         f"| RankMe | {results['collapse']['rankme']:.4g} |" in collapse and "Of 8 features of 260 training" in collapse
@@ -220,15 +222,15 @@ def test_a_run_without_results_gets_a_card(make_run: MakeRun):
     (run / "figures" / "spectra.png").unlink()
     text = str(build_card(run))
     assert "Nothing was measured with labels, and nothing without" in text and "![" not in text
-    assert "had not ended, or was not judged" in text and "9 epochs, 40 steps of 256 images" in text
+    assert "had not ended, or was not evaluated" in text and "9 epochs, 40 steps of 256 images" in text
     assert "results.json" not in card_files(run)
 
 
-def test_licences_are_those_that_were_stated(make_run: MakeRun):
+def test_licenses_are_those_that_were_stated(make_run: MakeRun):
     run = make_run()
     silent = build_card(run)
     assert silent.data.license is None and "\nlicense" not in str(silent)
-    assert section(str(silent), "Licence").count("no licence was stated") == 2
+    assert section(str(silent), "License").count("no license was stated") == 2
     stated = build_card(run, license="apache-2.0", data_license="CC BY 4.0, <b>mine</b>")
     assert stated.data.license == "apache-2.0" and "This model: `apache-2.0`." in str(stated)
     assert "CC BY 4.0, &#60;b&#62;mine&#60;/b&#62;" in str(stated)
@@ -301,8 +303,8 @@ def no_baselines(recipe: dict[str, Any], results: dict[str, Any]) -> None:
     [
         (shapes, ["generated shapes", "32 × 32 pixels only", "short: 9 epochs", "seed (0)"], ["No baseline"]),
         (large, ["seed (7)"], ["pixels only", "short", "generated"]),
-        (no_baselines, ["No baseline was measured", "trained once"], ["judged on `others` only"]),
-        (lambda recipe, results: None, ["judged on `photos` only"], ["trained once", "generated shapes"]),
+        (no_baselines, ["No baseline was measured", "trained once"], ["evaluated on `others` only"]),
+        (lambda recipe, results: None, ["evaluated on `photos` only"], ["trained once", "generated shapes"]),
     ],
 )
 def test_limits_follow_from_facts(make_run: MakeRun, change: Change, said: list[str], not_said: list[str]):
@@ -325,6 +327,50 @@ def test_timm_is_named_where_it_can_build_the_encoder(make_run: MakeRun):
     small = section(str(build_card(make_run(small_stem, "small"))), "Use")
     assert "timm cannot build it: the small stem" in small and "import timm" not in small
     assert "timm" not in section(str(build_card(make_run(continued, "continued"))), "Use")
+
+
+def wide(value_range: Any) -> Change:
+    def change(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+        recipe["data"]["value_range"] = value_range
+        found = [120.0, 3891.5] if value_range == "auto" else value_range
+        pixels = {"num_channels": 1, "eight_bit": False, "value_range": found, "mean": [0.25], "std": [0.125]}
+        results["data"]["preprocessing"] = {"image_size": 32, "interpolation": "bicubic", **pixels}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "not_said"),
+    [
+        (
+            lambda recipe, results: None,
+            ["3 channels, 8-bit", "0 to 255 become 0 to 1", "resized to 35 pixels (bilinear", "crop_pct 0.9"]
+            + ["cropped to 32 × 32", "| Mean | 0.5, 0.5, 0.5 |", "| Standard deviation | 0.2, 0.2, 0.2 |"],
+            ["measured", "recipe"],
+        ),
+        (
+            wide("auto"),
+            ["1 channel, of more than 8 bits", "120 to 3,891.5 become 0 to 1", "clipped, measured by percentiles"]
+            + ["32 pixels (bicubic", "| Mean | 0.25 |"],
+            ["recipe"],
+        ),
+        (wide([0, 4095]), ["0 to 4,095 become 0 to 1", "clipped, as the recipe sets it"], ["measured"]),
+        (wide("dtype"), ["the whole range of each image's type"], ["measured", "clipped"]),
+        (bare, ["is not recorded in the results of this run"], ["| Mean"]),
+    ],
+)
+def test_the_card_says_what_becomes_of_pixels(make_run: MakeRun, change: Change, said: list[str], not_said: list[str]):
+    card = str(build_card(make_run(change)))
+    images = section(card, "Images")
+    assert all(words in images for words in said) and not any(words in images for words in not_said)
+    assert ("another instrument" in section(card, "Limits")) == ("clipped" in images and "255" not in images)
+
+
+@pytest.mark.parametrize(("change", "name"), [(lambda *_: None, "photo.jpg"), (wide("auto"), "image.tif")])
+def test_the_lines_name_a_file_that_the_encoder_takes(make_run: MakeRun, change: Change, name: str):
+    use = section(str(build_card(make_run(change))), "Use")
+    assert f'processor("{name}"' in use and f'extract("{name}")' in use
+    assert ("create_transform" in use) == (name == "photo.jpg")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,18 +608,18 @@ def test_the_command_prints(make_run: MakeRun, capsys: pytest.CaptureFixture[str
 def test_the_lines_of_a_card_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
     run = make_run()
     create_encoder("resnet18", channels=[4, 4, 8, 8], image_size=32).save_pretrained(run / "encoder")
-    build_image_processor(32, [0.5] * 3, [0.2] * 3).save_pretrained(run / "encoder")
+    build_image_processor(Preprocessing(**PIXELS)).save_pretrained(run / "encoder")
     Image.new("RGB", (40, 30), "red").save(run / "photo.jpg")
     use = section(str(build_card(run)), "Use")
     load, package, pipelines, fine_tune, timm = re.findall(r"```python\n(.*?)```", use, flags=re.DOTALL)
-    stranger = "import sys; sys.modules['hf_ssl_or'] = None\nfrom PIL import Image\nimages = Image.open('photo.jpg')"
+    stranger = "import sys; sys.modules['hf_ssl_or'] = None"
     tell = "import numpy; print(numpy.shape(features))"
     lines = "\n".join([stranger, load, tell, pipelines, tell, fine_tune, "print(model.num_labels)"])
     done = subprocess.run([sys.executable, "-c", lines], cwd=run, capture_output=True, text=True)
     assert done.stdout.split("\n") == ["torch.Size([1, 8])", "(1, 8)", "10", ""], done.stderr[-2000:]
 
     monkeypatch.chdir(run)
-    names: dict[str, Any] = {"image": Image.open("photo.jpg")}
+    names: dict[str, Any] = {}
     exec(package, names)
     assert type(names["encoder"]).__module__ == "hf_ssl_or.models.modeling_ssl_resnet"
     assert "`hf-ssl-or export encoder --to timm --output encoder-timm`" in use  # without its own check of the result

@@ -24,6 +24,7 @@ from hf_ssl_or.hub.parity import compare
 from hf_ssl_or.hub.portable import Lines, read_portable
 from hf_ssl_or.hub.to_timm import add_timm_files
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from tests.hub.hub_server import HubServer
 
@@ -38,7 +39,9 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def save(folder: Path, name: str, *, head: bool = False, shards: str = "1GB", **options) -> torch.nn.Module:
+def save(
+    folder: Path, name: str, *, head: bool = False, shards: str = "1GB", pixels: dict | None = None, **options
+) -> torch.nn.Module:
     """Saves an encoder, or a classifier, whose norms have seen data."""
     torch.manual_seed(0)
     model: torch.nn.Module = create_encoder(name, **options)
@@ -54,12 +57,13 @@ def save(folder: Path, name: str, *, head: bool = False, shards: str = "1GB", **
         classifier.encoder.load_state_dict(model.state_dict())
         model = classifier
     model.save_pretrained(folder, max_shard_size=shards)
-    build_image_processor(config.image_size, MEAN, STD).save_pretrained(folder)
+    settings = pixels or {"mean": MEAN, "std": STD, "crop_pct": 0.8, "interpolation": "bicubic"}
+    build_image_processor(Preprocessing(image_size=config.image_size, **settings)).save_pretrained(folder)
     return model.eval()
 
 
 def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8))
 
 
 def pixels(folder: Path) -> torch.Tensor:
@@ -81,9 +85,7 @@ def test_timm_with_a_head(tmp_path: Path):
     assert torch.equal(net(x), model(x).logits)
     assert net.pretrained_cfg["label_names"] == LABELS and net.num_classes == 3
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
-    torch.testing.assert_close(transform(picture())[None], x)
-    wide = np.asarray(transform(picture().resize((64, 48))))
-    assert wide.shape == (3, 32, 32)  # squeezed, not cropped, as by our image processor
+    assert torch.equal(transform(picture())[None], x)  # resized and cropped, as by our image processor
     found = pipeline("image-classification", model=str(tmp_path / "out"))(picture())
     assert {entry["label"] for entry in found} == set(LABELS)
     assert found[0]["score"] == pytest.approx(float(model(x).logits.softmax(1).max()), abs=1e-6)
@@ -133,13 +135,13 @@ def test_torchvision_by_the_lines_of_the_readme(name: str, head: bool, options: 
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1].replace('"out', f'"{tmp_path}/out')
     picture().save(tmp_path / "photo.png")
     names: dict = {}
-    exec(code.replace("photo.png", str(tmp_path / "photo.png")), names)
+    exec(code.replace("photo.jpg", str(tmp_path / "photo.png")), names)
     x = pixels(tmp_path / "net")
     torch.testing.assert_close(names["features"].clone(), model.base_model(x).pooler_output, rtol=1e-4, atol=1e-5)
     if head:
         torch.testing.assert_close(names["logits"].clone(), model(x).logits, rtol=1e-4, atol=1e-5)
         config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert list(config["id2label"].values()) == LABELS and config["image_mean"] == MEAN
+        assert list(config["id2label"].values()) == LABELS and config["preprocessing"]["mean"] == MEAN
 
 
 def test_onnx_of_what_no_other_library_has(tmp_path: Path):
@@ -153,6 +155,20 @@ def test_onnx_of_what_no_other_library_has(tmp_path: Path):
     }
     assert shapes == {"pixel_values": ["batch", 3, 32, 32], "features": ["batch", 24], "logits": ["batch", 3]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.onnx"}
+
+
+@torch.no_grad()
+def test_other_images_bring_their_conversion(tmp_path: Path):
+    """Six channels of floats: no transform of timm's takes them, so the folder has the file that does."""
+    pixels = {"num_channels": 6, "eight_bit": False, "value_range": [-1, 3], "mean": [0.4] * 6, "std": [0.2] * 6}
+    model = save(tmp_path / "net", "resnet18", num_channels=6, pixels=pixels, **SLIM)
+    exported = export(tmp_path / "net", "timm", tmp_path / "out")
+    assert all(found["pixels"] <= 1e-6 for found in exported.differences.values())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "image_conversion.py"}
+    net, x = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), torch.randn(2, 6, 32, 32)
+    assert torch.equal(net(x), model(x).pooler_output) and net.pretrained_cfg["input_size"] == (6, 32, 32)
+    assert add_timm_files(tmp_path / "net") is None  # and the folder of the encoder, which has it anyway
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +236,7 @@ def test_bad_sources(tmp_path: Path):
     with pytest.raises(InputError, match="nobody/nothing: cannot be loaded"):
         export("nobody/nothing", "timm")
     AutoModel.from_config(timm_free_vit()).save_pretrained(tmp_path)
-    build_image_processor(32, MEAN, STD).save_pretrained(tmp_path)
+    build_image_processor(Preprocessing(image_size=32, mean=MEAN, std=STD)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a ViTModel; only encoders of this package"):
         export(tmp_path, "timm")
 

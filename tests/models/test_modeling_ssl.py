@@ -21,6 +21,7 @@ from hf_ssl_or.models import (
     SSLViTModel,
 )
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from tests.models.conftest import CONFIGS
 
@@ -316,7 +317,7 @@ def test_backbone_maps_of_resnet_by_hand(images_BCHW: torch.Tensor) -> None:
 def test_pipelines(make_config, tmp_path) -> None:
     config = make_config(num_labels=3)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
-    build_image_processor(32, [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path)
+    build_image_processor(Preprocessing(image_size=32, mean=[0.5] * 3, std=[0.25] * 3)).save_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     scores = pipeline("image-classification", model=str(tmp_path))(image)
     assert len(scores) == 3

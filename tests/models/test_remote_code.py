@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from tests.models.conftest import CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PIXELS = Preprocessing(image_size=32, crop_pct=0.9, mean=(0.5,) * 3, std=(0.25,) * 3)
 AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
 
 STRANGER = """
@@ -53,23 +55,31 @@ STRANGER = """
             }
         np.savez(folder + "/found.npz", **{key: value.numpy() for key, value in found.items()})
         assert type(model).__module__.startswith("transformers_modules.")
-        scores = pipeline("image-classification", model=folder, **trust)(image)
-        assert len(scores) == 3
+        for task in ("image-classification", "image-feature-extraction"):
+            run = pipeline(task, model=folder, **trust)
+            assert type(run).__module__.startswith("transformers_modules.") and run.task == task
+            assert len(run(image)) == {"image-classification": 3, "image-feature-extraction": 1}[task]
+        run.save_pretrained(folder + "/piped")
         model.save_pretrained(folder + "/again")
-        assert json.load(open(folder + "/again/config.json"))["auto_map"] == config.auto_map
+        for saved in ("/", "/again/", "/piped/"):
+            written = json.load(open(folder + saved + "config.json"))
+            assert written["auto_map"] == config.auto_map and len(written["custom_pipelines"]) == 2
+        assert open(folder + "/piped/pipeline_ssl.py").read() == open(folder + "/pipeline_ssl.py").read()
 """
 
 FRIEND = """
     import sys
     sys.path.insert(0, sys.argv[1])
     import hf_ssl_or.models
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
     for folder in sys.argv[2:]:
         loaded = [
             auto.from_pretrained(folder)
             for auto in (AutoConfig, AutoModel, AutoModelForImageClassification, AutoImageProcessor)
         ]
+        loaded += [pipeline("image-classification", model=folder)]
+        loaded += [pipeline("image-feature-extraction", model=loaded[1], image_processor=loaded[3])]
         assert all(type(part).__module__.startswith("hf_ssl_or.models.") for part in loaded)
 """
 
@@ -91,7 +101,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         saved, folder = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("moved") / name
         config = make_config(num_labels=3, orthogonality={"penalty": "srip"}, pretraining={"steps": 3})
         AutoModelForImageClassification.from_config(config).save_pretrained(saved)
-        build_image_processor(32, [0.5] * 3, [0.25] * 3).save_pretrained(saved)
+        build_image_processor(PIXELS).save_pretrained(saved)
         pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(saved / "image.png")
         shutil.move(saved, folder)
@@ -105,7 +115,7 @@ def test_loads_without_the_package(folders: dict[str, Path], tmp_path: Path) -> 
     for folder in folders.values():
         found = {key: torch.from_numpy(value) for key, value in np.load(folder / "found.npz").items()}
         image = Image.open(folder / "image.png")
-        pixels = build_image_processor(32, [0.5] * 3, [0.25] * 3)(image, return_tensors="pt").pixel_values
+        pixels = build_image_processor(PIXELS)(image, return_tensors="pt").pixel_values
         assert torch.equal(pixels, found["pixels"])
         assert torch.equal(AutoModel.from_pretrained(folder)(pixels).pooler_output, found["pooled"])
         classifier = AutoModelForImageClassification.from_pretrained(folder)

@@ -22,6 +22,7 @@ from hf_ssl_or.models import (
     SSLViTForImageClassification,
     SSLViTModel,
 )
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from tests.models.conftest import CONFIGS
 
@@ -260,7 +261,7 @@ def test_input_embeddings_of_a_vit() -> None:
 
 
 def test_image_processor_and_model_fit(model, tmp_path) -> None:
-    build_image_processor(32, [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path)
+    build_image_processor(Preprocessing(image_size=32, mean=[0.5] * 3, std=[0.25] * 3)).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     images = [

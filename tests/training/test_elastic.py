@@ -19,7 +19,7 @@ from processes import run_all
 from safetensors.torch import load_file
 from world_worker import DTYPES, RESNET, without_kinks
 
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.evaluation.spectra import normalised_eigenvalues
@@ -35,9 +35,7 @@ def monitor() -> Monitor:
 
 def test_spectra_are_written_under_their_names(monitor: Monitor, encoder: nn.Module, tmp_path: Path) -> None:
     values = monitor.look(encoder, tmp_path / "spectra" / "step-1.npz")
-    features = extract_features(
-        encoder, monitor.sample, mean=monitor.mean, std=monitor.std, device="cpu", progress=False
-    )
+    features = extract_features(encoder, monitor.sample, device="cpu", progress=False)
     report = collapse_report(features)
     for name, value in values.items():
         if name != "orthogonality_error":

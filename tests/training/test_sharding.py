@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from world_worker import RESNET, STEPS, VIT, recipe_of, without_kinks
 
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from small_methods import small_settings
 from torch import nn
 
-from hf_ssl_or.data.cache import load_images
+from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
