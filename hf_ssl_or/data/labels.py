@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_ssl_or.errors import InputError
 from hf_ssl_or.randomness import keyed_permutation
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 
 
 def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tuple[np.ndarray | None, list[str] | None]:
@@ -19,6 +23,9 @@ def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tupl
         values: Numbers or words, one per image.
         names: Names of the classes if the numbers are theirs already; else words and numbers are counted in sorted
             order.
+
+    Raises:
+        InputError: A label is no number of a named class.
     """
     if not len(values) or any(value is None for value in values):
         return None, None
@@ -28,9 +35,21 @@ def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tupl
     if array.dtype.kind == "f" and np.isnan(array).any():
         return None, None
     if names is not None:
+        are_numbers = array.dtype.kind in "iu"
+        if not are_numbers or array.max() >= len(names):
+            wrong = array.max() if are_numbers else array[0]
+            raise InputError(f"data.label_column: {wrong} is not one of {len(names)} classes, 0 to {len(names) - 1}")
         return array.astype(np.int64), names
     kinds, labels = np.unique(array, return_inverse=True)
     return labels.astype(np.int64), [str(kind) for kind in kinds]
+
+
+def content_key(images: str, *arrays: np.ndarray | None) -> str:
+    """Hashes the key of images with what belongs to them, such as their labels."""
+    digest = hashlib.blake2b(images.encode(errors="surrogateescape"), digest_size=12)
+    for array in arrays:
+        digest.update(b"\0" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def choose_rows(labels: np.ndarray | None, n: int, fraction: float, seed: int) -> np.ndarray:

@@ -115,7 +115,7 @@ class RemoteFile:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Finds what befell a request: fsspec calls everything "not found"."""
+    """Finds the cause of a failed request: fsspec calls everything "not found"."""
     while error.__cause__ is not None and not isinstance(error, aiohttp.ClientResponseError | HfHubHTTPError):
         error = error.__cause__
     return error

@@ -1,7 +1,7 @@
-"""A built-in image set: ten shapes in any pose, colour and light, drawn by formula, so that nothing is downloaded.
+"""A built-in image set: ten shapes in any pose, color and light, drawn by formula, so that nothing is downloaded.
 
 The class is in the outline alone. Everything else is nuisance: pixels hardly tell the class (nearest neighbours on raw
-pixels fail), but an encoder that learns what crops, flips and colour changes of an image share finds it. Each shape is
+pixels fail), but an encoder that learns what crops, flips and color changes of an image share finds it. Each shape is
 a signed distance (in units of its radius, negative inside), which gives smooth edges at any size. Image i depends on
 (seed, i) alone.
 """
@@ -16,14 +16,14 @@ from hf_ssl_or.randomness import hashed_seed
 
 # Strength of the nuisances; lengths are shares of the image's side.
 RADIUS = (0.24, 0.39)
-SHIFT = 0.15  # largest distance of the centre from the image's, along each axis
-CONTRAST = (0.35, 0.75)  # difference of grey between shape and background
-TINT = 0.35  # spread of colours around grey
+SHIFT = 0.15  # largest distance of the center from the image's, along each axis
+CONTRAST = (0.35, 0.75)  # difference of gray between shape and background
+TINT = 0.35  # spread of colors around gray
 GRADIENT = 0.06  # change of the background's light across the image
 TEXTURE = 0.03  # amplitude of stripes, of their own in shape and background
 TEXTURE_PERIOD = (0.12, 0.4)
 NOISE = 0.03  # standard deviation per pixel
-SPAN = 0.75  # share of the range that the image is drawn in at last, so that few colours are cut off
+SPAN = 0.75  # share of the range that the image is drawn in at last, so that few colors are cut off
 
 _BLOCK = 500  # images drawn together
 
@@ -50,7 +50,7 @@ class ShapesSource:
         return len(self._images_NHW3)
 
     def read(self, i: int) -> np.ndarray:
-        """Gives image i: uint8, (H, W, 3)."""
+        """Returns image i: uint8, (H, W, 3)."""
         return self._images_NHW3[i]
 
     def describe(self, i: int) -> str:
@@ -74,7 +74,7 @@ def _draw_block(seed: int, block: int, size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _draw_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) -> np.ndarray:
-    """Gives the share of each pixel that is inside its image's shape, (N, H, W)."""
+    """Returns the share of each pixel that is inside its image's shape, (N, H, W)."""
     n = len(labels_N)
     angle, radius = rng.uniform(0, 2 * np.pi, n), rng.uniform(*RADIUS, n)
     center = rng.uniform(0.5 - SHIFT, 0.5 + SHIFT, (2, n))
@@ -92,7 +92,7 @@ def _draw_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) ->
 
 
 def _draw_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws background and shape colours that differ in grey by a wanted contrast, either way: (N, 3) each."""
+    """Draws background and shape colors that differ in gray by a wanted contrast, either way: (N, 3) each."""
     contrast = rng.uniform(*CONTRAST, (_BLOCK, 1))
     dark = rng.uniform(0.1, 0.9 - contrast)
     swap = rng.random((_BLOCK, 1)) < 0.5

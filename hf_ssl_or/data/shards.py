@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -26,13 +27,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import IMAGE_EXTENSIONS
+from hf_ssl_or.data.hf_dataset import find_image_column
+from hf_ssl_or.data.image_files import extension, image_extensions
 from hf_ssl_or.data.remote import RemoteFile
-from hf_ssl_or.data.tables import image_column
+from hf_ssl_or.data.webdataset import choose_image, is_visible_file, sample_and_field
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.models.image_conversion import open_image
 
-_LAYOUT = 1  # part of every index's name: a change of how blocks are cut makes older ones void
+_LAYOUT = 2  # part of every index's name: a change of how blocks are cut makes older ones void
 _TAR_BLOCK = 8 * 2**20  # bytes from which a piece of a tar file ends with the sample
 _READ_AHEAD = 256 * 2**10  # bytes of a remote tar file that are read at a time for its headers
 _CONNECTIONS = 16  # files that are indexed at a time
@@ -45,7 +48,7 @@ class ShardIndex:
     """What is known of a shard without its images. It is stored as JSON.
 
     Attributes:
-        column: Column of the images' bytes as parquet names it; empty for a tar file.
+        column: Column of the images' bytes as parquet names it; of a tar file, the field that is read, or empty.
         blocks: Number of the row group or first byte of the piece, bytes in memory, and rows of each block.
     """
 
@@ -58,7 +61,7 @@ class OpenBlock:
 
     Args:
         rows: How many there are.
-        content: Gives the bytes of a row's image; None where there are none.
+        content: Returns the bytes of a row's image; None where there are none.
         describe: Says where the image of a row is.
     """
 
@@ -67,12 +70,12 @@ class OpenBlock:
     ) -> None:
         self.rows, self._content, self.describe = rows, content, describe
 
-    def read(self, i: int) -> Image.Image:
-        """Opens the image of row i without decoding it."""
+    def read(self, i: int) -> Image.Image | np.ndarray:
+        """Opens the image of row i."""
         content = self._content(i)
         if content is None:
             raise ValueError("the cell is empty")
-        return Image.open(io.BytesIO(content))
+        return open_image(content)
 
 
 class DamagedBlock:
@@ -81,7 +84,7 @@ class DamagedBlock:
     def __init__(self, name: str, reason: str) -> None:
         self._name, self._reason = name, reason
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | np.ndarray:
         """Says why there is no image."""
         raise ValueError(self._reason)
 
@@ -132,10 +135,16 @@ class Shards:
         """
         file, column = self._files[self._shard_K[block]], self._columns[self._shard_K[block]]
         place, nbytes, rows = (int(values_K[block]) for values_K in (self._place_K, self.nbytes_K, self.rows_K))
-        where = f"row group {place} of {file.name}" if column else f"bytes {place} to {place + nbytes} of {file.name}"
+        is_table = file.name.endswith(".parquet")
+        where = (
+            f"row group {place} of {file.name}" if is_table else f"bytes {place} to {place + nbytes} of {file.name}"
+        )
         file.check()
         try:
-            opened = _open_group(file, place, column) if column else _open_piece(file, place, place + nbytes)
+            if is_table:
+                opened = _open_group(file, place, column)
+            else:
+                opened = _open_piece(file, place, place + nbytes, column or None)
         except _DAMAGE as error:
             return DamagedBlock(where, _reason(error))
         if opened.rows != rows:
@@ -179,7 +188,7 @@ def index_shards(urls: Sequence[str], arguments: DataArguments, name: str) -> Sh
 
 
 def _look_up(file: RemoteFile, arguments: DataArguments) -> tuple[RemoteFile, ShardIndex | str]:
-    """Gives a shard's index, or what is wrong with the shard."""
+    """Returns a shard's index, or what is wrong with the shard."""
     key = f"{_LAYOUT}/{file.url}/{file.size}/{file.tag}/{arguments.image_column}"
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     path = arguments.cache_folder() / "shards" / f"{digest}.json"
@@ -188,7 +197,7 @@ def _look_up(file: RemoteFile, arguments: DataArguments) -> tuple[RemoteFile, Sh
     except (OSError, ValueError, TypeError):
         pass  # none yet, or a damaged one
     try:
-        index = _scan_table(file, arguments) if file.name.endswith(".parquet") else _scan_tar(file)
+        index = _scan_table(file, arguments) if file.name.endswith(".parquet") else _scan_tar(file, arguments)
     except _DAMAGE as error:
         return file, f"{file.name}: {_reason(error)}"
     write_json(path, json.dumps(asdict(index)))
@@ -213,7 +222,7 @@ def write_json(path: Path, content: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Gives the first line of what a reader says, without the foreign bytes that it may quote."""
+    """Returns the first line of what a reader says, without the foreign bytes that it may quote."""
     words = "".join(sign for sign in str(error).strip().split("\n")[0] if sign.isprintable())
     return words or type(error).__name__
 
@@ -225,12 +234,19 @@ def _reason(error: BaseException) -> str:
 def _scan_table(file: RemoteFile, arguments: DataArguments) -> ShardIndex:
     with file.open() as stream:
         table = pq.ParquetFile(stream)
-        column = image_column(datasets.Features.from_arrow_schema(table.schema_arrow), arguments)
+        column = find_image_column(datasets.Features.from_arrow_schema(table.schema_arrow), arguments)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
     chunks = [{group.column(j).path_in_schema: group.column(j) for j in range(group.num_columns)} for group in groups]
-    leaf = f"{column}.bytes" if chunks and f"{column}.bytes" in chunks[0] else column
-    if chunks and leaf not in chunks[0]:
-        raise InputError(f"data.image_column: {column!r} of {file.name} holds no bytes of images; name another column")
+    leaf = f"{column.name}.bytes" if column.holds_images else column.name
+    if (
+        column.inner is not None
+        or not (column.holds_images or column.holds_bytes)
+        or (chunks and leaf not in chunks[0])
+    ):
+        raise InputError(
+            f"data.image_column: {column.name!r} of {file.name} holds no bytes of one image per row, which streaming "
+            "reads; name another column, or leave out data.streaming"
+        )
     sizes = [
         (chunk[leaf].total_uncompressed_size, group.num_rows) for chunk, group in zip(chunks, groups, strict=True)
     ]
@@ -241,8 +257,8 @@ def _open_group(file: RemoteFile, number: int, column: str) -> OpenBlock:
     with file.open() as stream:
         table = pq.ParquetFile(stream).read_row_group(number, columns=[column], use_threads=False)
     cells = table.column(0)
-    if pa.types.is_struct(cells.type):
-        cells = pc.struct_field(cells, "bytes")
+    while pa.types.is_struct(cells.type):  # of which only what leads to the bytes was read
+        cells = pc.struct_field(cells, 0)
     return OpenBlock(len(cells), lambda i: cells[i].as_py(), lambda i: f"row {i} of row group {number} of {file.name}")
 
 
@@ -250,43 +266,47 @@ def _open_group(file: RemoteFile, number: int, column: str) -> OpenBlock:
 # Tar files in the WebDataset layout: a block is a piece of several MiB from the beginning of a sample to another's
 
 
-def _scan_tar(file: RemoteFile) -> ShardIndex:
-    blocks, start, rows, end = [], 0, 0, 0
+def _scan_tar(file: RemoteFile, arguments: DataArguments) -> ShardIndex:
+    blocks, start, rows = [], 0, 0
+    seen: set[str] = set()
     with io.BufferedReader(file.open(), 4096 if file.is_local else _READ_AHEAD) as stream:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member, begins, is_image in _members(archive):
-                if begins and member.offset - start >= _TAR_BLOCK:
-                    blocks.append([start, member.offset - start, rows])
-                    start, rows = member.offset, 0
-                rows += is_image
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            for sample, images in _samples(archive):
+                if sample in seen:
+                    raise InputError(
+                        f"data.dataset: in {file.name}, images of the sample {sample!r} are apart from each other; "
+                        "write its files one after the other (tar --sort=name)"
+                    )
+                seen.add(sample)
+                begin = images[0].offset
+                if begin - start >= _TAR_BLOCK:
+                    blocks.append([start, begin - start, rows])
+                    start, rows = begin, 0
+                names = [image.name for image in images]
+                rows += choose_image(names, arguments.image_column, file.name) is not None
+            end = archive.offset
         blocks.append([start, end - start, rows])
         stream.seek(end)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
             raise tarfile.ReadError(f"cut off or damaged at byte {end:,}")
-    return ShardIndex("", blocks)
+    return ShardIndex(arguments.image_column or "", blocks)
 
 
-def _open_piece(file: RemoteFile, start: int, stop: int) -> OpenBlock:
+def _open_piece(file: RemoteFile, start: int, stop: int, image_field: str | None) -> OpenBlock:
     content = file.read(start, stop)
+    chosen: list[tarfile.TarInfo] = []
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        images = [member for member, _, is_image in _members(archive) if is_image]
-    view, places = memoryview(content), [(member.offset_data, member.offset_data + member.size) for member in images]
-    names = [member.name for member in images]
-    return OpenBlock(len(images), lambda i: view[slice(*places[i])], lambda i: f"{names[i]} in {file.name}")
+        for _, images in _samples(archive):
+            number = choose_image([image.name for image in images], image_field, file.name)
+            chosen += [] if number is None else [images[number]]
+    view, places = memoryview(content), [(image.offset_data, image.offset_data + image.size) for image in chosen]
+    names = [image.name for image in chosen]
+    return OpenBlock(len(chosen), lambda i: view[slice(*places[i])], lambda i: f"{names[i]} in {file.name}")
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bool, bool]]:
-    """Gives each file, whether a sample begins with it, and whether it is the sample's image, its first."""
-    sample, found = None, False
-    for member in archive:
-        folder, _, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        if not member.isfile() or file.startswith("."):
-            continue
-        begins = (folder, stem) != sample
-        found = found and not begins
-        sample = folder, stem
-        is_image = not found and f".{extension.lower()}".endswith(IMAGE_EXTENSIONS)
-        found = found or is_image
-        yield member, begins, is_image
+def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Returns the images of each sample that has any, side by side in the file, with the sample's name."""
+    known = image_extensions()
+    images = (member for member in archive if is_visible_file(member) and extension(member.name) in known)
+    for sample, members in itertools.groupby(images, lambda member: sample_and_field(member.name)[0]):
+        yield sample, list(members)

@@ -1,12 +1,12 @@
-"""Where images come from: the Hub, parquet, folders, WebDataset shards, or the built-in shapes; one interface."""
+"""Where images come from: files, lists, shards, data sets of Hugging Face, or the built-in shapes; one interface."""
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 import datasets
@@ -14,9 +14,14 @@ import numpy as np
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import FolderSource, TarSource, expand_braces, expand_shards, folder_splits
+from hf_ssl_or.data.hf_dataset import is_saved, load_tables, open_table
+from hf_ssl_or.data.image_files import extension
+from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
+from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
+from hf_ssl_or.data.in_memory import ListSource as ListSource
 from hf_ssl_or.data.shapes import ShapesSource
-from hf_ssl_or.data.tables import TableSource, is_saved, load_tables
+from hf_ssl_or.data.splits import SPLITS, find_split, splits_in
+from hf_ssl_or.data.webdataset import TarSource, expand_braces, expand_shards
 from hf_ssl_or.errors import InputError
 
 
@@ -24,7 +29,11 @@ class ImageReader(Protocol):
     """Images that are opened by number."""
 
     def read(self, i: int) -> Image.Image | np.ndarray:
-        """Opens image i: a PIL image that need not be decoded yet, or a uint8 array (H, W, 3)."""
+        """Opens image i: a PIL image that need not be decoded yet, or an array (H, W) or (H, W, C).
+
+        Raises:
+            ValueError, OSError: This one image cannot be read.
+        """
         ...
 
     def describe(self, i: int) -> str:
@@ -50,79 +59,73 @@ class ImageSource(ImageReader, Protocol):
     def __len__(self) -> int: ...
 
 
-class ListSource:
-    """Images that are in memory already: PIL images, or arrays.
-
-    Args:
-        images: The images.
-        name: What the user calls them.
-    """
-
-    labels: np.ndarray | None = None
-    class_names: list[str] | None = None
-
-    def __init__(self, images: Sequence[Any] | np.ndarray, *, name: str = "images") -> None:
-        self.name, self._images = name, images
-        digest = hashlib.blake2b(digest_size=12)
-        for image in images:
-            array = np.asarray(image)
-            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, i: int) -> Any:
-        """Returns image i."""
-        return self._images[i]
-
-    def describe(self, i: int) -> str:
-        """Says which image i is."""
-        return f"image {i} of {self.name}"
-
-
 def load_source(arguments: DataArguments, split: str) -> ImageSource:
-    """Opens a split.
+    """Opens a split, by its own name or the one that the `datasets` library has for it.
 
     Raises:
         InputError: There is no such data set, split or column, or it holds no image.
     """
-    kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
-    source: ImageSource
-    if kind == "table":
-        tables = load_tables(arguments)
-        _check_split(arguments, split, list(tables))
-        source = TableSource(tables[split], arguments, split)
-    else:
-        _check_split(arguments, split, list_splits(arguments))
-        if kind == "shapes":
-            train = split == arguments.train_split
-            n = arguments.shapes_train if train else arguments.shapes_test
-            source = ShapesSource(n, seed=0 if train else 1, size=arguments.image_size)
-        elif kind == "shards":
-            source = TarSource(arguments.dataset, _shards(arguments, split))
-        else:
-            source = FolderSource(arguments.dataset, folder / split if folder_splits(folder) else folder)
+    splits, source_of = _open(arguments)
+    source = source_of(_known_split(arguments, split, splits))
     if not len(source):
         raise InputError(f"data.dataset: there is no image in {arguments.dataset}, split {split!r}")
     return source
 
 
 def list_splits(arguments: DataArguments) -> list[str]:
-    """Names the splits of a data set, so that a run without test images can go without what is measured on them."""
+    """Names the splits of a data set, so that a run without test images can go without what is measured on them.
+
+    A split has one name: that of the `datasets` library, or the one by which the arguments call it.
+    """
     if arguments.streaming:
         return [arguments.train_split]
-    kind, both = _kind(arguments.dataset), [arguments.train_split, arguments.test_split]
-    if kind == "table":
-        return list(load_tables(arguments))
+    splits, _ = _open(arguments)
+    named = [split for split in splits if split in SPLITS or not splits_in(split) & set(splits)]
+    wanted = (arguments.train_split, arguments.test_split)
+    return named + [split for split in wanted if split not in named and find_split(split, splits)]
+
+
+def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSource]]:
+    """Returns the splits of a data set, and what opens one."""
+    dataset, kind = arguments.dataset, _kind(arguments.dataset)
+    train, both = arguments.train_split, list(dict.fromkeys((arguments.train_split, arguments.test_split)))
     if kind == "shapes":
-        return both if arguments.shapes_test else both[:1]
+        sizes = {arguments.test_split: arguments.shapes_test, train: arguments.shapes_train}
+        return [split for split in both if sizes[split]], lambda split: ShapesSource(
+            sizes[split], seed=0 if split == train else 1, size=arguments.image_size
+        )
+    if kind == "table":
+        tables = load_tables(arguments)
+        return list(tables), lambda split: open_table(tables[split], arguments, split)
     if kind == "shards":
-        return [split for split in both if _shards(arguments, split)] if "{split}" in arguments.dataset else both[:1]
-    return folder_splits(Path(arguments.dataset).expanduser()) or both[:1]
+        splits = [split for split in both if _shards(arguments, split)] if "{split}" in dataset else [train]
+        return splits, lambda split: TarSource(dataset, _shards(arguments, split), arguments.image_column)
+    pattern = os.path.expanduser(dataset)
+    if "{split}" in dataset:
+        paths = {split: pattern.replace("{split}", split) for split in both}
+        splits = [split for split in both if _exists(paths[split])]
+        return splits, lambda split: _open_paths(kind, arguments, paths[split]).source(None)
+    opened = _open_paths(kind, arguments, pattern)
+    splits = list(opened.splits)
+    return splits or [train], lambda split: opened.source(split if splits else None)
 
 
-def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "table"]:
+def _open_paths(kind: str, arguments: DataArguments, path: str) -> ImageFolder | ImageList:
+    if kind == "list":
+        return ImageList(Path(path), arguments)
+    is_open = "{split}" not in arguments.dataset
+    if os.path.isdir(path):
+        return open_folder(arguments.dataset, Path(path), find_splits=is_open)
+    return open_glob(arguments.dataset, path, find_splits=is_open)
+
+
+def _exists(pattern: str) -> bool:
+    return any(
+        os.path.lexists(path) or next(glob.iglob(path, recursive=True), None) for path in expand_braces(pattern)
+    )
+
+
+def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "list", "glob", "table"]:
     if dataset == "shapes":
         return "shapes"
     if "://" in dataset:
@@ -131,22 +134,33 @@ def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "table"]:
         )
     if dataset.endswith((".tar", ".tar}")):
         return "shards"
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
-        return "table" if is_saved(folder) or any(folder.rglob("*.parquet")) else "folder"
-    if folder.exists():
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return "table" if is_saved(path) or any(path.rglob("*.parquet")) else "folder"
+    if extension(dataset) in LIST_EXTENSIONS:
+        if "{split}" not in dataset and not path.exists():
+            raise InputError(f"data.dataset: there is no list {dataset}; name one, or write {{split}} for the split")
+        return "list"
+    if path.exists():
         raise InputError(f"data.dataset: {dataset} is a file; name the folder that it is in")
+    if dataset.endswith((".parquet", ".parquet}")):
+        raise InputError(f"data.dataset: name the folder of {dataset}, or set data.streaming=true for a pattern")
+    if glob.has_magic(dataset) or "{" in dataset:
+        return "glob"
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
         raise InputError(f"data.dataset: there is no folder {dataset}")
     return "table"
 
 
-def _check_split(arguments: DataArguments, split: str, splits: list[str]) -> None:
-    if split not in splits:
+def _known_split(arguments: DataArguments, split: str, splits: list[str]) -> str:
+    """Returns the name by which the set knows a split."""
+    found = find_split(split, splits)
+    if found is None:
         raise InputError(
             f"data: {arguments.dataset} has no split {split!r}; available: {', '.join(splits) or 'none'} "
             "(data.train_split and data.test_split name them)"
         )
+    return found
 
 
 def _shards(arguments: DataArguments, split: str) -> list[Path]:
@@ -196,7 +210,7 @@ def _expand_urls(pattern: str, split: str) -> list[str]:
 def _resolved_files(arguments: DataArguments, split: str) -> list[str]:
     """Lists the files that the `datasets` library finds for a split of a folder or a Hub id."""
     kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
-    if kind == "shapes" or is_saved(folder):
+    if kind in ("shapes", "list", "glob") or is_saved(folder):
         raise InputError(f"data.streaming: {arguments.dataset} is not made of shards; leave out data.streaming")
     try:
         path = str(folder) if folder.is_dir() else arguments.dataset
@@ -204,5 +218,4 @@ def _resolved_files(arguments: DataArguments, split: str) -> list[str]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"data.dataset: cannot load {arguments.dataset!r}: {reason}") from error
-    _check_split(arguments, split, list(files))
-    return list(files[split])
+    return list(files[_known_split(arguments, split, list(files))])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import io
-import tarfile
+import pickle
 from pathlib import Path
 
 import datasets
@@ -9,38 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import expand_shards
 from hf_ssl_or.data.sources import list_splits, load_source
+from hf_ssl_or.data.webdataset import expand_shards
 from hf_ssl_or.errors import InputError
-
-
-def picture(value: int, side: int = 8) -> Image.Image:
-    return Image.new("RGB", (side, side), (value, 255 - value, 7))
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    picture(value).save(file, "PNG")
-    return file.getvalue()
-
-
-def values(source) -> list[int]:
-    return [np.asarray(source.read(i).convert("RGB"))[0, 0, 0].item() for i in range(len(source))]
-
-
-def save(folder: Path, *names: str) -> Path:
-    for k, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(k).save(folder / name)
-    return folder
-
-
-def load(dataset: object, split: str = "train", **more: object):
-    return load_source(DataArguments(dataset=str(dataset), **more), split)
-
+from tests.data.image_writing import load, picture, png, save, values, write_shard
 
 # Folders
 
@@ -101,15 +74,6 @@ def test_fingerprint_follows_the_files(tmp_path):
 
 
 # Shards
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def test_shards_with_labels(tmp_path):
@@ -227,3 +191,15 @@ def test_real_parquet(real_data):
 def test_detection_set_is_unlabelled(real_data):
     source = load(real_data / "cellbody_detection")
     assert source.labels is None and len(source) == 280
+
+
+def test_sources_can_be_sent_to_other_processes(tmp_path):
+    folder = save(tmp_path / "folder", "a/1.png", "b/2.png")
+    (folder / "list.csv").write_text("path\na/1.png\nb/2.png\n")
+    write_shard(tmp_path / "a.tar", {"1.png": png(0), "2.png": png(1)})
+    (tmp_path / "table").mkdir()
+    write_parquet(tmp_path / "table" / "train.parquet", img=[png(0), png(1)])
+    for dataset in (folder, folder / "list.csv", f"{folder}/**/*", tmp_path / "a.tar", tmp_path / "table"):
+        source = load(dataset)
+        sent = pickle.loads(pickle.dumps(source))
+        assert values(sent) == [0, 1] and sent.describe(1) == source.describe(1)

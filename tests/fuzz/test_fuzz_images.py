@@ -17,9 +17,9 @@ from mutations import damaged, fuzz, result_or_one_line
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.files import TarSource
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.webdataset import TarSource
 
 
 def encoded(form: str, **options: object) -> bytes:
