@@ -16,15 +16,18 @@ class DataArguments:
     """Settings of the data.
 
     Attributes:
-        dataset: A Hub id, a folder of parquet files or of `save_to_disk`, a folder of images (flat, or with one
-            subfolder per class, or with `train` and `test` subfolders of either kind), a WebDataset pattern such as
-            "shards/train-{000..009}.tar" ("{split}" in it stands for the split's name), or the built-in "shapes". With
-            `streaming` also a pattern of .parquet files, and of URLs of either.
+        dataset: A Hub id; a folder of parquet files or of `save_to_disk`; a folder of images (flat, with one subfolder
+            per class, or with split folders as the `datasets` library names them: train, training, val, dev, test ...);
+            a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl with a column of
+            paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
+            "shards/train-{000..009}.tar"; or the built-in "shapes". "{split}" in a path stands for the split's name.
+            With `streaming` also a pattern of .parquet files, and of URLs of .tar or .parquet.
         dataset_config: Configuration of a Hub dataset that has several.
-        train_split: Name of the split that is trained on.
-        test_split: Name of the split that is evaluated on.
-        image_column: Column of the images; None finds it.
-        label_column: Column of the labels; None finds it, or goes without labels.
+        train_split: Name of the split that is trained on: the folder's own, or the `datasets` library's name for it.
+        test_split: Name of the split that is evaluated on, likewise.
+        image_column: Column of the images or of their paths, "meta.img" for one in a struct; in tar files the field
+            ("left.png"). None finds it where only one may be it.
+        label_column: Column of the labels, likewise; None finds it, or goes without labels.
         image_size: Side of the square views in pixels, where a view does not say otherwise, and of the squares that
             the encoder gets in evaluation.
         crop_pct: Share of the shorter side that evaluation keeps: it is resized to `image_size / crop_pct`, and the
@@ -115,7 +118,7 @@ class DataArguments:
         if self.streaming and self.cache == "disk":
             raise InputError("data.cache: a streamed set is not stored; leave out data.cache, or data.streaming")
         if not self.dataset:
-            raise InputError("data.dataset: name a Hub id, a folder, a pattern of .tar files, or 'shapes'")
+            raise InputError("data.dataset: name a Hub id, a folder, a list, a pattern of files, or 'shapes'")
 
     def workers(self) -> int:
         """Number of threads or processes that decode."""

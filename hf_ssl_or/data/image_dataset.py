@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
 from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, note_unreadable
+from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.order import Order, ShuffledOrder
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
-from hf_ssl_or.data.sources import ListSource
 from hf_ssl_or.data.views import clean_views, crop_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing

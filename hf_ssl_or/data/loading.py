@@ -165,7 +165,8 @@ def _readable(
 def public_name(name: str) -> str:
     """Leaves out where on this machine a local set is: the name goes into results, configurations and cards."""
     path = Path(name).expanduser()
-    local = path.is_absolute() or path.exists() or name.startswith(".") or ".tar" in name or ".parquet" in name
+    is_pattern = any(sign in name for sign in "*?[{") or ".tar" in name or ".parquet" in name
+    local = path.is_absolute() or path.exists() or name.startswith((".", "~")) or is_pattern
     return path.resolve().name.split("?")[0] if local else name
 
 

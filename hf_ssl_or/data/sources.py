@@ -18,7 +18,6 @@ from hf_ssl_or.data.hf_dataset import is_saved, load_tables, open_table
 from hf_ssl_or.data.image_files import extension
 from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
 from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
-from hf_ssl_or.data.in_memory import ListSource as ListSource
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.data.splits import SPLITS, find_split, splits_in
 from hf_ssl_or.data.webdataset import TarSource, expand_braces, expand_shards

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -339,3 +342,52 @@ def test_real_images_keep_their_bytes(real_data, tmp_path):
     images = load_images(arguments(real_data / "cifar10", image_size=32, cache_dir=str(tmp_path)), "test")
     assert images.whole.dense().shape == (10_000, 32, 32, 3) and images.load_squares() is images.whole
     assert images.mean == pytest.approx((0.4942, 0.4851, 0.4504), abs=5e-4)  # the published values of the test split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels stay with their images
+
+
+def colored_rows(labels: list[int]) -> datasets.Dataset:
+    """Red squares with label 0, blue ones with label 1."""
+    cells = []
+    for label in labels:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), ((250, 0, 0), (0, 0, 250))[label]).save(file, "PNG")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])})
+    return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+def wrong_labels(images: ImageSet) -> int:
+    """Images whose color is not their label's."""
+    mean_N3 = pixels_of(images).float().mean((1, 2))
+    return int(((mean_N3[:, 2] > mean_N3[:, 0]).long() != images.labels).sum())
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_a_set_that_is_saved_again_with_rows_exchanged_is_decoded_again(tmp_path, cache):
+    labels = [i % 2 for i in range(40)]
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        datasets.DatasetDict({"train": colored_rows(labels)}).save_to_disk(str(tmp_path / "set"))
+        images = load_images(arguments(tmp_path / "set", image_size=16, cache=cache), "train")
+        assert images.labels.tolist() == labels and wrong_labels(images) == 0
+        labels[5], labels[6] = labels[6], labels[5]
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["in memory", "on the fly"])
+def test_unreadable_cells_of_a_table_take_their_labels_with_them(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(loading_module, "_MEMORY_BYTES", memory)
+    rows = colored_rows([i % 2 for i in range(40)]).cast_column("image", datasets.Image(decode=False))
+
+    def cut(row: dict, i: int) -> dict:
+        return {"image": {**row["image"], "bytes": row["image"]["bytes"][:40]}} if i in (3, 10, 20, 31) else row
+
+    (tmp_path / "set").mkdir()
+    rows.map(cut, with_indices=True).cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "set/t.parquet"))
+    images = load_images(arguments(tmp_path / "set", image_size=16, cache="none", max_corrupt=0.2), "train")
+    assert len(images) == 36 and wrong_labels(images) == 0
+    (((views,), index),) = images.views([plan(list(range(36)))])
+    blue = (views.mean((0, 3, 4))[:, 2] > views.mean((0, 3, 4))[:, 0]).long()
+    assert torch.equal(blue, images.labels[torch.from_numpy(index)])
