@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.sources import ListSource
@@ -105,9 +106,20 @@ def embed(
         raise InputError(f"batch_size: at least 1, not {batch_size}")
     if dtype not in _AUTOCAST:
         raise InputError(f"dtype: fp32 or bf16, not {dtype}")
+    source, data = _named(dataset, overrides)
     frozen, device = _frozen(encoder, preprocessing)
-    images, prefix = _images(frozen, dataset, split, overrides)
-    work = _Work(frozen, images, prefix, curation, batch_size=batch_size, dtype=dtype, device=device, bar=progress)
+    images = _images(frozen, data, source, split)
+    curation.check(len(images))
+    work = _Work(
+        frozen,
+        images,
+        _folder_of(data.dataset),
+        curation,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        bar=progress,
+    )
     if output is None:
         tables = list(work.tables(0))
         findings, columns = work.curate(tables, sheet)
@@ -185,28 +197,30 @@ def _frozen(encoder: str | nn.Module | FrozenEncoder, preprocessing: Any) -> tup
     return frozen, device
 
 
-def _images(
-    frozen: FrozenEncoder, dataset: str | Sequence[Any], split: str | None, overrides: Sequence[str]
-) -> tuple[ImageSet, str]:
-    """Loads the images, and returns the folder that their names leave out."""
+def _named(dataset: str | Sequence[Any], overrides: Sequence[str]) -> tuple[ListSource | None, DataArguments]:
+    """Returns the source of images that are in memory, and the settings of the data."""
     if wrong := [text for text in overrides if not text.startswith("data.")]:
         raise InputError(f"{wrong[0]}: only data.* settings concern embed")
-    source, name = None, dataset
+    source = None
     if isinstance(dataset, str):
         name = find_dataset(dataset)
     elif not len(dataset) or isinstance(dataset[0], str | Path):
         raise InputError("dataset: a list holds one or more PIL images or arrays; of files name the folder")
     else:
         source, name = ListSource(dataset), "images"
-    recipe = recipe_from_dict({"data": {"dataset": name, "image_size": frozen.image_size}}, "embed")
-    data, like = frozen.prepare(recipe.override(overrides).data)
+    recipe = recipe_from_dict({"data": {"dataset": name}}, "embed")
+    return source, recipe.override(overrides).data
+
+
+def _images(frozen: FrozenEncoder, data: DataArguments, source: ListSource | None, split: str | None) -> ImageSet:
+    """Loads the images as the encoder wants them."""
+    data, like = frozen.prepare(data)
     split = split or data.train_split
     if data.streaming:
         data = dataclasses.replace(data, train_split=split)
-    images = load_images(
+    return load_images(
         data, split, num_channels=frozen.processing.num_channels, like=like, squares=True, source=source
     )
-    return images, _folder_of(data.dataset)
 
 
 def _folder_of(dataset: str) -> str:
@@ -274,8 +288,9 @@ class _Work:
         }
 
     def _public(self, text: str) -> str:
-        """Leaves out where on this machine the set is, and bytes that are no letters."""
+        """Leaves out where on this machine the set is, addresses in memory, and bytes that are no letters."""
         text = text.replace(self.prefix, "") if self.prefix else text
+        text = re.sub(r" at 0x[0-9a-f]+", "", text)
         return text.encode(errors="surrogateescape").decode(errors="replace")
 
     # -- features -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,18 @@ class Curation:
         if self.duplicates not in (None, "auto"):
             check_threshold(float(self.duplicates))
 
+    def check(self, n: int) -> None:
+        """Refuses what n images are too few for.
+
+        Raises:
+            InputError: The message names the option.
+        """
+        for name, k in (("neighbors", self.neighbors), ("outliers", self.outliers)):
+            if k:
+                check_k(k, n, f"--{name}")
+        if self.duplicates is not None:
+            check_k(1, n, "--duplicates")
+
     @property
     def wanted(self) -> bool:
         """Whether anything is."""
@@ -84,9 +96,7 @@ def curate(features_NF: Tensor, curation: Curation) -> Findings:
         InputError: There are too few images.
     """
     found: dict[str, Any] = {}
-    for name in ("neighbors", "outliers"):
-        if k := getattr(curation, name):
-            check_k(k, len(features_NF), f"--{name}")
+    curation.check(len(features_NF))
     if most := max(curation.neighbors, curation.outliers):
         cosine_NK, index_NK = nearest_neighbors(features_NF, most)
         if k := curation.neighbors:
@@ -94,7 +104,6 @@ def curate(features_NF: Tensor, curation: Curation) -> Findings:
         if k := curation.outliers:
             found["outlier_score"] = outlier_scores(cosine_NK[:, :k])
     if curation.duplicates is not None:
-        check_k(1, len(features_NF), "--duplicates")
         given = curation.duplicates
         threshold = duplicate_threshold(features_NF) if given == "auto" else float(given)
         group_N = duplicate_groups(features_NF, threshold)
