@@ -58,6 +58,7 @@ from hf_ssl_or.training.lock import RunLock
 
 _PART = 1024  # images after which what is done is written
 _NAMED = 100  # unreadable images that the file names
+_ROW_OF_LIST = re.compile(r" \(row \d+ of [^()]*\)$")  # which the source adds to a path that a list names
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -224,12 +225,12 @@ def _images(frozen: FrozenEncoder, data: DataArguments, source: ListSource | Non
 
 
 def _folder_of(dataset: str) -> str:
-    """Returns what the places of a local set's images begin with: its folder, or that of a pattern of shards."""
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
-        return f"{folder}/"
-    plain = re.split(r"[{*?\[]", str(folder), maxsplit=1)[0]
-    return plain[: plain.rfind("/") + 1] if ".tar" in dataset or ".parquet" in dataset else ""
+    """Returns what the places of a local set's images begin with: its folder, or that of a list or a pattern."""
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return f"{path}/"
+    plain = re.split(r"[{*?\[]", str(path), maxsplit=1)[0]
+    return plain[: plain.rfind("/") + 1] if path.exists() or plain != str(path) else ""
 
 
 def public_encoder_name(name: str) -> str:
@@ -341,7 +342,7 @@ class _Work:
         labels = self.images.labels
         return make_table(
             np.concatenate([features_BF for _, features_BF in kept]),
-            [self._public(self.images.describe(int(i))) for i in index_N],
+            [_ROW_OF_LIST.sub("", self._public(self.images.describe(int(i)))) for i in index_N],
             self.images.job.rows[index_N].astype(np.int64),
             None if labels is None else labels.numpy()[index_N],
             self.images.class_names,

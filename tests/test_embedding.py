@@ -117,6 +117,16 @@ def test_parquet_of_a_folder(encoder: Path, photos: Path, tmp_path: Path, capsys
     assert [path.name for path in output.parent.iterdir()] == ["features.parquet"]
 
 
+@pytest.mark.parametrize("kind", ["photos.csv", "class */*.png"])
+def test_files_of_a_list_and_of_a_pattern(encoder: Path, photos: Path, tmp_path: Path, kind: str) -> None:
+    names = [f"class {i % 2}/{i:03d}.png" for i in range(6)]
+    (photos / "photos.csv").write_text("path\n" + "\n".join(names) + "\n")
+    (photos / "class 0" / "004a.png").unlink()
+    found = embed(str(encoder), str(photos / kind), tmp_path / "f.parquet")
+    assert found.files[:6] == names if kind == "photos.csv" else set(found.files) > set(names)
+    assert str(tmp_path).encode() not in (tmp_path / "f.parquet").read_bytes()
+
+
 def test_npz_holds_the_same_without_pickles(encoder: Path, photos: Path, tmp_path: Path) -> None:
     options = ["--dataset", photos, CORRUPT, "--neighbours", 3, "--duplicates", "--outliers", 4]
     for name in ("a.parquet", "a.npz", "b.npz"):
