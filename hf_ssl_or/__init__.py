@@ -16,6 +16,7 @@ _HOMES = {
     "models.image_processing_ssl": ("SSLImageProcessor",),
     "models.modeling_ssl_resnet": ("SSLResNetBackbone", "SSLResNetForImageClassification", "SSLResNetModel"),
     "models.modeling_ssl_vit": ("SSLViTBackbone", "SSLViTForImageClassification", "SSLViTModel"),
+    "embedding": ("embed",),
     "methods": ("available_methods", "get_method"),
     "orthogonality": ("OrthogonalityCallback", "OrthogonalityRegularizer"),
     "training.arguments": ("TrainingArguments",),

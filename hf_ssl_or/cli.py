@@ -28,6 +28,7 @@ examples:
   hf-ssl-or evaluate runs/try --protocols knn,linear-sgd
   hf-ssl-or evaluate runs/a runs/b timm:resnet18 --datasets cifar10,gtsrb32 --output transfer
   hf-ssl-or evaluate runs/try --select rankme --output best
+  hf-ssl-or embed runs/try --dataset photos --output features.parquet --duplicates --outliers --neighbors 5
   hf-ssl-or preview recipes/quickstart.yaml views.count=8 --output views.png
   hf-ssl-or report runs/none runs/so --output report.html
   hf-ssl-or card runs/try --license apache-2.0 --output model_cards/try
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_train(verbs)
     _add_evaluate(verbs)
+    _add_embed(verbs)
     _add_preview(verbs)
     _add_report(verbs)
     _add_card(verbs)
@@ -102,6 +104,67 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "--output", type=Path, help="JSON of the results; with --datasets also a folder; with --select the encoder's"
     )
     evaluate.set_defaults(overrides=[])
+
+
+def _add_embed(verbs: argparse._SubParsersAction) -> None:
+    embed = _verb(
+        verbs,
+        "embed",
+        "write the features of a set of images, and find its near-duplicates and outliers",
+        "hf-ssl-or embed runs/try --dataset photos --output features.parquet --duplicates --outliers --neighbors 5",
+    )
+    embed.add_argument("encoder", metavar="ENCODER", help="as for evaluate: a run, a folder, a Hub id, timm:NAME, ...")
+    embed.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of the images")
+    embed.add_argument("--dataset", required=True, help="a folder of images, a Hub id, a pattern of .tar files, ...")
+    embed.add_argument("--output", type=Path, required=True, help=".parquet or .npz; a killed run continues")
+    embed.add_argument("--split", help="split of the set (default: train)")
+    embed.add_argument("--batch-size", type=int, default=256, help="images per forward pass (default: 256)")
+    embed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16 encodes under autocast")
+    embed.add_argument("--num-workers", type=int, help="threads or processes that decode, as data.num_workers")
+    embed.add_argument(
+        *("--neighbors", "--neighbours"), type=_count, default=0, metavar="K", help="add the K nearest of each image"
+    )
+    embed.add_argument(
+        "--duplicates",
+        nargs="?",
+        type=_threshold,
+        const="auto",
+        metavar="THRESHOLD",
+        help="group images of this cosine or more (default: measured on the set, about 0.95 for a trained encoder)",
+    )
+    embed.add_argument(
+        "--outliers",
+        nargs="?",
+        type=_count,
+        const=10,
+        default=0,
+        metavar="K",
+        help="score each image by its mean distance to the K nearest (default: 10)",
+    )
+    embed.add_argument("--sheet", type=Path, help="PNG of what was found (default: beside the output)")
+    embed.add_argument("--overwrite", action="store_true", help="replace features of another encoder or set")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a number of images, 1 or more, not {text!r}")
+    return value
+
+
+def _threshold(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a cosine of more than 0 and at most 1, not {text!r}")
+    return value
 
 
 def _add_preview(verbs: argparse._SubParsersAction) -> None:
@@ -208,6 +271,7 @@ def _dispatch(argv: list[str]) -> int:
     verbs = {
         "train": _train,
         "evaluate": _evaluate,
+        "embed": _embed,
         "preview": _preview,
         "report": _report,
         "card": _card,
@@ -299,6 +363,29 @@ def _check_evaluate(arguments: argparse.Namespace, encoders: list[str]) -> None:
         raise InputError("evaluate: several encoders are compared on --datasets; name them")
     if arguments.markdown and not arguments.datasets:
         raise InputError("--markdown: goes with --datasets")
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.embedding import embed
+
+    workers = [] if arguments.num_workers is None else [f"data.num_workers={arguments.num_workers}"]
+    embeddings = embed(
+        arguments.encoder,
+        arguments.dataset,
+        arguments.output,
+        split=arguments.split,
+        overrides=[*arguments.overrides, *workers],
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        neighbors=arguments.neighbors,
+        duplicates=arguments.duplicates,
+        outliers=arguments.outliers,
+        sheet=arguments.sheet,
+        overwrite=arguments.overwrite,
+    )
+    print(embeddings.describe())
+    print(f"wrote {arguments.output}")
+    return 0
 
 
 def _preview(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ FLOORS = [
     {"data", "methods", "orthogonality"},
     {"evaluation"},
     {"training", "hub", "report"},
-    {"recipe", "run", "preview", "listing", "show", "cli", "__main__"},
+    {"recipe", "run", "embedding", "preview", "listing", "show", "cli", "__main__"},
 ]
 APART = {"data", "methods", "orthogonality"}  # neighbours on one floor that must not know each other
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

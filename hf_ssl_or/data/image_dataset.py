@@ -65,6 +65,8 @@ class ImageSet:
         square_storage: Where squares are kept.
         whole: The whole images, once they are decoded.
         squares: The squares, once they are decoded.
+        left_out: Images of the source that could not be read when the set was loaded: row -> what is wrong.
+        failures: Images of the set that could not be read later: row -> what is wrong.
     """
 
     job: DecodeJob
@@ -76,7 +78,8 @@ class ImageSet:
     square_storage: Storage = Storage("memory")
     whole: PixelStore | None = field(default=None, repr=False)
     squares: PixelStore | None = field(default=None, repr=False)
-    _failures: dict[int, str] = field(default_factory=dict, repr=False)
+    left_out: dict[int, str] = field(default_factory=dict, repr=False)
+    failures: dict[int, str] = field(default_factory=dict, repr=False)
     _on_device: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -278,7 +281,7 @@ class ImageSet:
             pin_memory=torch.device(device).type == "cuda",
         )
         for result, index_B, failures in _watched(loader):
-            note_unreadable(self._failures, failures, self.job.source.name, len(self), self.job.max_corrupt)
+            note_unreadable(self.failures, failures, self.job.source.name, len(self), self.job.max_corrupt)
             yield result, index_B
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def load_images(
     like: Preprocessing | None = None,
     squares: bool = False,
     rows: np.ndarray | None = None,
+    source: ImageSource | None = None,
 ) -> ImageSet:
     """Loads a split, decoding it if no earlier run has.
 
@@ -53,6 +54,7 @@ def load_images(
             measures the rest on these images. Its mean and standard deviation are taken over.
         squares: Decodes what evaluation needs, not what views need; the other is decoded when it is asked for.
         rows: Images of the split that are taken; None takes all, or the fraction.
+        source: The split, where it is open already; None opens the one that the arguments name.
 
     Raises:
         InputError: The set, the split or a column is not there, too many images cannot be read, or the folder of the
@@ -61,7 +63,8 @@ def load_images(
     name = public_name(arguments.dataset)
     if arguments.streaming:
         return load_stream(arguments, split, name=name, num_channels=num_channels, like=like)
-    source = load_source(arguments, split)
+    if source is None:
+        source = load_source(arguments, split)
     if rows is None:
         fraction = arguments.fraction if split == arguments.train_split else 1.0
         rows = choose_rows(source.labels, len(source), fraction, arguments.fraction_seed)
@@ -147,6 +150,7 @@ def _readable(
 ) -> ImageSet:
     """Returns the set without what cannot be read, with labels and statistics."""
     rows = np.delete(images.job.rows, [int(place) for place in tally.unreadable])
+    left_out = {int(images.job.rows[int(place)]): reason for place, reason in tally.unreadable.items()}
     preprocessing = images.preprocessing
     if measure and tally.count:
         mean, std = tally.statistics(preprocessing)
@@ -159,6 +163,7 @@ def _readable(
         preprocessing=preprocessing,
         whole=None if squares else kept,
         squares=kept if squares else None,
+        left_out=left_out,
     )
 
 

@@ -318,7 +318,7 @@ class StreamingImageSet(ImageSet):
         raise too_many_unreadable(self.name, len(self), self.arguments.max_corrupt, list(failures.values()))
 
     def _note(self, failures: dict[int, str]) -> None:
-        note_unreadable(self._failures, failures, self.name, len(self), self.arguments.max_corrupt)
+        note_unreadable(self.failures, failures, self.name, len(self), self.arguments.max_corrupt)
 
 
 def sample_of_blocks(shards: Shards, size: int, *key: int | str) -> np.ndarray:

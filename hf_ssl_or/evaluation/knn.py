@@ -102,7 +102,7 @@ def knn_accuracy(
         raise InputError(f"kNN: num_classes={classes}, but there is a label {seen - 1}")
     _check_settings(ks, temperature, len(train_features))
     correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=train_features.device)
-    for rows, similarity_BP, index_BP in _neighbours(train_features, test_features, ks):
+    for rows, similarity_BP, index_BP in nearest_in_bank(train_features, test_features, ks):
         weight_BP = ((similarity_BP - similarity_BP[:, :1]).double() / temperature).exp()  # the nearest has 1
         class_BP, label_B = train_labels[index_BP], test_labels[rows]
         for i, n in enumerate(ks):
@@ -114,7 +114,7 @@ def knn_accuracy(
     return {f"top{top}_k{n}": pair[i] for n, pair in zip(ks, percent, strict=True) for i, top in enumerate((1, 5))}
 
 
-def _neighbours(train_NF: Tensor, test_MF: Tensor, ks: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def nearest_in_bank(train_NF: Tensor, test_MF: Tensor, ks: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields, for a chunk of B queries, their rows and the cosines and indices of the P = max(ks) nearest images."""
     bank_FN = F.normalize(train_NF.float(), dim=1).T
     size, most = bank_FN.shape[1], max(ks)
