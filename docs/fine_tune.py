@@ -40,12 +40,12 @@ def main() -> None:
     model = AutoModelForImageClassification.from_pretrained(
         options.encoder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
-    side = processor.size["height"]
+    side = processor.crop_size["height"]
     augment = v2.Compose([v2.RandomResizedCrop(side, scale=(0.35, 1)), v2.RandomHorizontalFlip()])
 
     def training_batch(rows: dict) -> dict:
         images = [augment(image.convert("RGB")) for image in rows["image"]]
-        return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
+        return {**processor(images, do_resize=False, return_tensors="pt"), "labels": rows["label"]}
 
     def test_batch(rows: dict) -> dict:
         return {**processor(rows["image"], return_tensors="pt"), "labels": rows["label"]}

@@ -86,9 +86,9 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         images = load_training_images(recipe)
         labelled = _labelled_images(recipe, images)
     bank, test = labelled or (None, None)
+    trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
     if is_main:
         print_start(images)
-    trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
     baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
     weights_before = weight_report(trainer.encoder)
     started = time.perf_counter()

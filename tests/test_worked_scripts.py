@@ -58,7 +58,7 @@ def write_images(folder: Path) -> list[tuple[Path, str]]:
 def test_fine_tuning_learns_and_gives_a_classifier(tmp_path: Path) -> None:
     test = write_images(tmp_path / "images")
     encoder = save_encoder(tmp_path / "encoder", [16, 32, 32, 32], 0.5, 0.25)
-    options = ("--epochs", 10, "--batch-size", 32, "--learning-rate", 1e-2, "--output", tmp_path / "tuned")
+    options = ("--epochs", 15, "--batch-size", 32, "--learning-rate", 5e-3, "--output", tmp_path / "tuned")
     result = run("fine_tune.py", encoder, tmp_path / "images", *options)
     assert result["accuracy"] > 0.6  # chance is 0.33
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
