@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.loading import load_images
-from hf_ssl_or.data.sources import ListSource
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.curation import Curation, Findings, curate
 from hf_ssl_or.evaluation.embeddings import Embeddings

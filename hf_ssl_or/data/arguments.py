@@ -17,7 +17,7 @@ class DataArguments:
 
     Attributes:
         dataset: A Hub id; a folder of parquet files or of `save_to_disk`; a folder of images (flat, with a subfolder
-            per class, or with split folders as the `datasets` library names them: train, training, val, dev, test ...);
+            per class, or with split folders as the `datasets` library names them: train, training, dev, test ...);
             a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl with a column of
             paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
             "shards/train-{000..009}.tar"; or the built-in "shapes". "{split}" in a path stands for the split's name.
