@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_ssl_or.data.augmentation_sampling import check_channels, without_color
-from hf_ssl_or.data.decode import default_bound
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.pixel_kind import default_bound
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
 from hf_ssl_or.evaluation.encoders import load_encoder
@@ -383,7 +383,10 @@ def _claim(run_dir: Path, resume: bool) -> None:
 def _labelled_images(recipe: Recipe, images: ImageSet) -> tuple[ImageSet, ImageSet] | None:
     """Loads the labelled training and test images that judge the encoder, or None where there are none."""
     data = recipe.evaluation_data or recipe.data
-    return load_labelled(data, like=images.preprocessing, required=recipe.evaluation_data is not None)
+    own = recipe.evaluation_data is None and recipe.data.fraction == 1 and not recipe.data.streaming
+    return load_labelled(
+        data, like=images.preprocessing, train=images if own else None, required=recipe.evaluation_data is not None
+    )
 
 
 def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.decode import (
-    DecodeJob,
+from hf_ssl_or.data.decode import DecodeJob, Tally
+from hf_ssl_or.data.image_dataset import ImageSet, Storage
+from hf_ssl_or.data.labels import choose_rows
+from hf_ssl_or.data.pixel_kind import (
     PixelKind,
-    Tally,
     default_bound,
     kept_dtype,
     measure_kind,
@@ -20,8 +21,6 @@ from hf_ssl_or.data.decode import (
     sample_rows,
     wanted_range,
 )
-from hf_ssl_or.data.image_dataset import ImageSet, Storage
-from hf_ssl_or.data.labels import choose_rows
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
 from hf_ssl_or.data.sources import ImageSource, load_source
 from hf_ssl_or.data.stream import load_stream

@@ -19,22 +19,17 @@ from torch import Tensor
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
-from hf_ssl_or.data.decode import (
-    DecodeJob,
+from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
+from hf_ssl_or.data.image_dataset import ImageSet, Storage, crop_file, empty_crops
+from hf_ssl_or.data.order import WindowOrder
+from hf_ssl_or.data.pixel_kind import (
     PixelKind,
-    Statistics,
-    Tally,
-    decode,
     default_bound,
     kept_dtype,
     measure_kind,
-    note_unreadable,
     preprocessing_of,
-    too_many_unreadable,
     wanted_range,
 )
-from hf_ssl_or.data.image_dataset import ImageSet, Storage, crop_file, empty_crops
-from hf_ssl_or.data.order import WindowOrder
 from hf_ssl_or.data.pixel_store import decode_to_memory
 from hf_ssl_or.data.shards import DamagedBlock, OpenBlock, Shards, index_shards, write_json
 from hf_ssl_or.data.sources import list_shards

@@ -24,7 +24,12 @@ _logger = logging.getLogger(__name__)
 
 
 def load_labelled(
-    data: DataArguments, *, num_channels: int = 3, like: Preprocessing | None = None, required: bool = True
+    data: DataArguments,
+    *,
+    num_channels: int = 3,
+    like: Preprocessing | None = None,
+    train: ImageSet | None = None,
+    required: bool = True,
 ) -> tuple[ImageSet, ImageSet] | None:
     """Loads the labelled training and test images, or returns None where there are none.
 
@@ -35,6 +40,7 @@ def load_labelled(
         data: Names the data set and its splits; all training images are used, whatever its `fraction`.
         num_channels: Channels that the encoder takes.
         like: How pixels are treated, say those of the training images; None measures it on the training images.
+        train: The training images, where they are loaded already.
         required: Missing labels or a missing test split are an error.
 
     Raises:
@@ -43,9 +49,11 @@ def load_labelled(
     data = replace(data, fraction=1.0)
     if data.test_split not in list_splits(data):
         return _held_out(data, num_channels, like, required)
-    train = load_images(data, data.train_split, num_channels=num_channels, like=like, squares=True)
+    if train is None:
+        train = load_images(data, data.train_split, num_channels=num_channels, like=like, squares=True)
     if train.labels is None and not required:
         return None
+    train.load_squares()
     test = load_images(data, data.test_split, like=train.preprocessing, squares=True)
     for images, split in ((train, data.train_split), (test, data.test_split)):
         if images.labels is None:

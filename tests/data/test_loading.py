@@ -20,9 +20,9 @@ from hf_ssl_or.data import loading as loading_module
 from hf_ssl_or.data import pixel_store as pixel_store_module
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
-from hf_ssl_or.data.decode import default_bound
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.pixel_kind import default_bound
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import ViewSpec
 
