@@ -134,9 +134,9 @@ def nan_in_gradient(step: int) -> None:
 
 def streamed_images() -> None:
     """Decodes images anew in each step, in worker processes, as for sets that do not fit into memory."""
-    from hf_ssl_or.data import cache
+    from hf_ssl_or.data import loading
 
-    cache._MEMORY_BYTES = 0
+    loading._MEMORY_BYTES = 0
 
 
 def kill_a_worker_at(step: int) -> None:
