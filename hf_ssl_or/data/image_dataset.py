@@ -203,7 +203,7 @@ class ImageSet:
                 images_BHWC = _select(pixels, plan.index_B, device)
                 yield self._render([images_BHWC] * len(plan.groups), plan, (original, stored)), plan.index_B
             return
-        plans, ahead = itertools.tee(plans)
+        plans, ahead = (plans, plans) if isinstance(plans, list) else itertools.tee(plans)
         for plan, (crops, index_B) in zip(plans, self._crops(ahead, device), strict=True):
             yield self._render([x.to(device, non_blocking=True) for x in crops], plan, (None, None)), index_B
 
@@ -276,7 +276,8 @@ class ImageSet:
         loader = DataLoader(
             decoder,
             batch_sampler=batches,
-            num_workers=self.job.workers,
+            # Processes are not worth starting for one batch.
+            num_workers=0 if isinstance(items, list) and len(items) == 1 else self.job.workers,
             collate_fn=decoder.collate,
             pin_memory=torch.device(device).type == "cuda",
         )

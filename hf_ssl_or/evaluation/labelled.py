@@ -19,6 +19,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 
 _HOLDOUT_SEED = 0
+_LEAST_BANK = 20  # images that kNN asks for at least
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def _held_out(
         return None
     test_rows = choose_rows(labels, len(labels), float(data.holdout), _HOLDOUT_SEED)
     train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
-    if len(np.unique(labels[train_rows])) < 2:  # of one class there is nothing to tell
+    least = 1 if required else _LEAST_BANK
+    if len(np.unique(labels[train_rows])) < 2 or len(train_rows) < least:  # of one class there is nothing to tell
         if required:
             raise InputError(
                 f"{data.dataset}: has no split {data.test_split!r}, and its {len(labels)} images are too few, or of "
