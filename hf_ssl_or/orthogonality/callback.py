@@ -1,4 +1,4 @@
-"""Orthogonality regularisation in `transformers.Trainer`, for any model that has a backbone."""
+"""Orthogonality regularization in `transformers.Trainer`, for any model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class OrthogonalityCallback(TrainerCallback):
 
     Args:
         config: The settings.
-        encoder: The module to regularise, a part of the model that Trainer trains; None for `model.base_model`, which
-            leaves out the head.
+        encoder: The module to regularize, a part of the model that Trainer trains; None for `model.base_model`, which
+            leaves out the head. Of a PEFT model this is the base model with its adapters; those are left out unless
+            `include` names them.
 
     Raises:
         InputError: At the start of training: the weights are sharded (FSDP, DeepSpeed, Megatron), the model has no
-            `base_model` and no encoder was given, or the regulariser refuses the settings.
+            `base_model` and no encoder was given, or the regularizer refuses the settings.
     """
 
     def __init__(self, config: OrthogonalityConfig, encoder: nn.Module | None = None) -> None:
@@ -61,6 +62,8 @@ class OrthogonalityCallback(TrainerCallback):
             raise InputError(f"OrthogonalityCallback: {kind.value} shards the weights; train with DDP or one process")
         encoder, model = self.encoder, kwargs["model"]
         if encoder is None:
+            if hasattr(model, "get_base_model"):  # of PEFT
+                model = model.get_base_model()
             if not isinstance(model, PreTrainedModel):
                 raise InputError(f"OrthogonalityCallback: a {type(model).__name__} has no base_model; give encoder=")
             encoder = model.base_model

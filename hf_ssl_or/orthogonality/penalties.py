@@ -2,7 +2,7 @@
 
 A weight is the matrix W of shape (out, in * kh * kw), and every penalty looks at M = G - I, where G is the smaller of
 the two Grams: G = W W^T if out <= in * kh * kw, else W^T W. Turned on its side where needed, W is a wide matrix A
-(R <= C) with G = A A^T, so each formula is written once.
+(R <= C) with G = A A^T, so each formula is written once. For complex weights ^T is the conjugate transpose.
 
 Shape letters: L matrices of one shape, O outputs, I inputs (in * kh * kw), R rows and C columns of A.
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 def so(w_OI: Tensor) -> Tensor:
     """Soft orthogonality ||G - I||_F^2: the sum over singular values s of (s^2 - 1)^2."""
-    return deviation(w_OI).square().sum((-2, -1))
+    return _squares(deviation(w_OI)).sum((-2, -1))
 
 
 def dso(w_OI: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ def srip_along(w_OI: Tensor, v_R: Tensor) -> Tensor:
         w_OI: Matrices (..., O, I).
         v_R: Unit vectors (..., R), R = min(O, I).
     """
-    along_C = _multiply(_wide(w_OI).mT, v_R)
-    return (along_C.square().sum(-1) - v_R.square().sum(-1)).abs()
+    along_C = _multiply(_wide(w_OI).mH, v_R)
+    return (_squares(along_C).sum(-1) - _squares(v_R).sum(-1)).abs()
 
 
 def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
@@ -87,34 +87,37 @@ def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
 def so_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
     """`so` and its gradient 4 (W W^T - I) W, or 4 W (W^T W - I)."""
     m_LRR, grad_LOI = _deviation_and_product(w_LOI, 4)
-    return m_LRR.square().sum((-2, -1)), grad_LOI
+    return _squares(m_LRR).sum((-2, -1)), grad_LOI
 
 
 def dso_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
     """`dso` and its gradient, twice that of `so`."""
     m_LRR, grad_LOI = _deviation_and_product(w_LOI, 8)
-    return 2 * m_LRR.square().sum((-2, -1)) + abs(w_LOI.shape[-2] - w_LOI.shape[-1]), grad_LOI
+    return 2 * _squares(m_LRR).sum((-2, -1)) + abs(w_LOI.shape[-2] - w_LOI.shape[-1]), grad_LOI
 
 
 def mutual_coherence_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:
-    """`mutual_coherence` and its gradient: with entry (i, j) the largest, +-a_j in row i of A and +-a_i in row j."""
+    """`mutual_coherence` and its gradient: with entry (i, j) the largest, +-a_j in row i of A and +-a_i in row j.
+
+    The sign of a complex entry is its phase, conjugated for row j.
+    """
     a_LRC = _wide(w_LOI)
     m_LE = deviation(w_LOI).flatten(1)
     entry_L1 = m_LE.abs().argmax(1, keepdim=True)
     value_L1 = m_LE.gather(1, entry_L1)
     rows, columns = a_LRC.shape[1:]
     i_L1C, j_L1C = (row_L1[:, :, None].expand(-1, 1, columns) for row_L1 in (entry_L1 // rows, entry_L1 % rows))
-    sign_L11 = value_L1.sign()[:, None]
+    sign_L11 = value_L1.sgn()[:, None]
     grad_LRC = torch.zeros_like(a_LRC)
     grad_LRC.scatter_add_(1, i_L1C, sign_L11 * a_LRC.gather(1, j_L1C))
-    grad_LRC.scatter_add_(1, j_L1C, sign_L11 * a_LRC.gather(1, i_L1C))
-    return value_L1[:, 0].abs(), grad_LRC if grad_LRC.shape == w_LOI.shape else grad_LRC.mT
+    grad_LRC.scatter_add_(1, j_L1C, sign_L11.conj() * a_LRC.gather(1, i_L1C))
+    return value_L1[:, 0].abs(), grad_LRC if grad_LRC.shape == w_LOI.shape else grad_LRC.mH
 
 
 def srip_along_and_grad(w_LOI: Tensor, v_LR: Tensor) -> tuple[Tensor, Tensor]:
     """`srip_along` and its gradient 2 sign v (A^T v)^T, where the sign is that of v^T (G - I) v."""
-    along_LC = _multiply(_wide(w_LOI).mT, v_LR)
-    quotient_L = along_LC.square().sum(-1) - v_LR.square().sum(-1)
+    along_LC = _multiply(_wide(w_LOI).mH, v_LR)
+    quotient_L = _squares(along_LC).sum(-1) - _squares(v_LR).sum(-1)
     scaled_LR = (2 * quotient_L.sign())[:, None] * v_LR
     return quotient_L.abs(), _low_rank(scaled_LR[:, :, None], along_LC[:, :, None], w_LOI)
 
@@ -139,7 +142,7 @@ def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tup
         back_LR = _deviate(a_LRC, outputs[-1])
     u_LRP, g_LRP = torch.stack(inputs, -1), torch.stack(outputs[::-1], -1)
     left_LRQ, right_LRQ = torch.cat([g_LRP, u_LRP], -1), torch.cat([u_LRP, g_LRP], -1)
-    return value_L1[:, 0], _low_rank(left_LRQ, a_LRC.mT @ right_LRQ, w_LOI)
+    return value_L1[:, 0], _low_rank(left_LRQ, a_LRC.mH @ right_LRQ, w_LOI)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def power_iterate(w_LOI: Tensor, v_2LR: Tensor, iterations: int = 1) -> Tensor:
     v_LR, u_LR = v_2LR
     for _ in range(iterations):
         product_LR = _deviate(a_LRC, v_LR)
-        next_LR = product_LR - 0.225 * product_LR.square().sum(-1, keepdim=True) * u_LR
+        next_LR = product_LR - 0.225 * _squares(product_LR).sum(-1, keepdim=True) * u_LR
         length_L1 = next_LR.norm(dim=-1, keepdim=True)
         moved_L1 = length_L1 > 0  # M = 0 has no dominant direction: stay
         v_LR, u_LR = torch.where(moved_L1, next_LR / length_L1, v_LR), torch.where(moved_L1, v_LR / length_L1, 0)
@@ -182,7 +185,7 @@ def power_iterate(w_LOI: Tensor, v_2LR: Tensor, iterations: int = 1) -> Tensor:
 
 @torch.no_grad()
 def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
-    """Gives the unit vectors x in span(v, M v) with the largest |x^T M x|: two Lanczos steps, solved in closed form.
+    """Returns the unit vectors x in span(v, M v) with the largest |x^T M x|: two Lanczos steps, solved in closed form.
 
     Where M has eigenvalues near +s and -s, which a penalty on the larger of them brings about, a power iterate is a
     mix of both eigenvectors and v^T M v is near 0. Their plane holds each of them, so x is one of them.
@@ -196,13 +199,14 @@ def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
     """
     a_LRC = _wide(w_LOI)
     product_LR = _deviate(a_LRC, v_LR)
-    first_L1 = (v_LR * product_LR).sum(-1, keepdim=True)
+    first_L1 = (v_LR.conj() * product_LR).real.sum(-1, keepdim=True)
     rest_LR = product_LR - first_L1 * v_LR
     across_L1 = rest_LR.norm(dim=-1, keepdim=True)
     rounding_L1 = 10 * torch.finfo(a_LRC.dtype).eps * (1 + first_L1.abs())
     across_L1 = torch.where(across_L1 > rounding_L1, across_L1, 0)  # below, v is an eigenvector already
     other_LR = torch.where(across_L1 > 0, rest_LR / across_L1, 0)
-    second_L1 = _multiply(a_LRC.mT, other_LR).square().sum(-1, keepdim=True) - other_LR.square().sum(-1, keepdim=True)
+    along_LC = _multiply(a_LRC.mH, other_LR)
+    second_L1 = _squares(along_LC).sum(-1, keepdim=True) - _squares(other_LR).sum(-1, keepdim=True)
     angle_L1 = torch.atan2(2 * across_L1, first_L1 - second_L1) / 2  # of the larger eigenvalue of the 2 x 2 problem
     angle_L1 = torch.where(first_L1 + second_L1 < 0, angle_L1 + math.pi / 2, angle_L1)
     best_LR = angle_L1.cos() * v_LR + angle_L1.sin() * other_LR
@@ -216,7 +220,7 @@ def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
 def deviation(w_OI: Tensor) -> Tensor:
     """G - I, shape (..., R, R), where G is the smaller Gram of W."""
     a_RC = _wide(w_OI)
-    m_RR = a_RC @ a_RC.mT
+    m_RR = a_RC @ a_RC.mH
     m_RR.diagonal(dim1=-2, dim2=-1).sub_(1)
     return m_RR
 
@@ -226,7 +230,7 @@ def _is_wide(w_OI: Tensor) -> bool:
 
 
 def _wide(w_OI: Tensor) -> Tensor:
-    return w_OI if _is_wide(w_OI) else w_OI.mT
+    return w_OI if _is_wide(w_OI) else w_OI.mH
 
 
 @torch.no_grad()
@@ -262,12 +266,17 @@ def _onednn_deviation_and_product(w_OI: Tensor, factor: int, m_RR: Tensor, produ
 def _low_rank(x_LRQ: Tensor, y_LCQ: Tensor, w_LOI: Tensor) -> Tensor:
     """X Y^T, turned as W is."""
     left_LOQ, right_LIQ = (x_LRQ, y_LCQ) if _is_wide(w_LOI) else (y_LCQ, x_LRQ)
-    return left_LOQ * right_LIQ.mT if x_LRQ.shape[-1] == 1 else left_LOQ @ right_LIQ.mT
+    return left_LOQ * right_LIQ.mH if x_LRQ.shape[-1] == 1 else left_LOQ @ right_LIQ.mH
 
 
 def _multiply(a_RC: Tensor, v_C: Tensor) -> Tensor:
     """A v, as a row times A^T: torch has a fast product on a CPU for stacks of rows, not for stacks of columns."""
     return (v_C[..., None, :] @ a_RC.mT)[..., 0, :]
+
+
+def _squares(x: Tensor) -> Tensor:
+    """|x|^2 of each entry, real."""
+    return x.abs().square() if x.is_complex() else x.square()
 
 
 def _positive(length: Tensor) -> Tensor:
@@ -277,4 +286,4 @@ def _positive(length: Tensor) -> Tensor:
 
 def _deviate(a_RC: Tensor, v_R: Tensor) -> Tensor:
     """(A A^T - I) v as two matrix-vector products."""
-    return _multiply(a_RC, _multiply(a_RC.mT, v_R)) - v_R
+    return _multiply(a_RC, _multiply(a_RC.mH, v_R)) - v_R

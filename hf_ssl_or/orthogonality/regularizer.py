@@ -1,4 +1,4 @@
-"""The orthogonality regulariser of an encoder: a penalty with autograd, and its gradient in a few batched products.
+"""The orthogonality regularizer of a model: a penalty with autograd, and its gradient in a few batched products.
 
 The penalty is weight * schedule * (sum over matrices). For SO this pulls every singular value s by 4 weight s (s^2 -
 1), whatever the size of its matrix; only the sum itself grows with the number of singular values. With `normalize`
@@ -9,6 +9,8 @@ sum over matrices becomes the mean. So the value has the same scale for narrow a
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,13 +18,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.distributed import local_part, shard_like, whole_each
+from hf_ssl_or.distributed import local_part, rank, shard_like, whole_each
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality import penalties
-from hf_ssl_or.orthogonality.selection import Site, select_sites
+from hf_ssl_or.orthogonality.selection import ROUTINE, Selection, Site, count_kinds, kind, select
 from hf_ssl_or.orthogonality.strength import resolve_weight, schedule_factor
 from hf_ssl_or.randomness import keyed_generator
+
+_logger = logging.getLogger(__name__)
 
 _LARGE = 2**20  # numbers of a matrix
 
@@ -37,11 +41,16 @@ _FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tenso
 
 
 class OrthogonalityRegularizer:
-    """Keeps the weight matrices of an encoder near orthogonal.
+    """Keeps the weight matrices of a module near orthogonal.
+
+    Which they are, `orthogonality.selection` says, and `skipped` why others are not; construction logs a summary.
 
     Per optimizer step: backward with its all-reduce, `set_progress`, `add_gradients`, clip, step. Penalty and gradient
     depend on the weights alone, so they are the same on every process, and they are added once, to gradients that have
     been averaged and accumulated. Weights that are frozen when a method is called are left out.
+
+    Weights are looked up by name at each call, so they may be moved, cast, loaded or replaced by others of the same
+    shape. One that has been parametrized, emptied or reshaped since is refused by name.
 
     Sharded weights (FSDP2) are gathered for the matrices of one shape at a time, and each process adds its part of the
     gradient. Every method is a collective call then, which all processes make.
@@ -61,29 +70,43 @@ class OrthogonalityRegularizer:
         ```
 
     Args:
-        encoder: The module whose weights are regularised, all of it: hand over the backbone, not the method.
+        encoder: The module whose weights are regularized: hand over the backbone, not the method. Heads that
+            transformers or timm name as such are left out.
         config: The settings. With penalty "none" every method does nothing.
 
     Raises:
-        InputError: A pattern matches no weight, nothing is selected, or the paper has no weight for the encoder.
+        InputError: A pattern matches no weight, nothing is selected, a weight is parametrized or flattened, or the
+            paper has no weight for the encoder.
     """
 
     def __init__(self, encoder: nn.Module, config: OrthogonalityConfig) -> None:
         active = config.penalty != "none"
         self.config = config
         self.weight = resolve_weight(encoder, config) if active else 0.0
-        self._sites = select_sites(encoder, config) if active else []
+        self._selection = select(encoder, config) if active else Selection([], {})
+        self._sites = self._selection.sites
         self._step, self._factor = 0, 1.0
         if active:
             self._penalty, self._penalty_and_grad = _FORMS[config.penalty + ("_fresh" if self._starts_fresh else "")]
         self._vectors: dict[str, Tensor] = {}
         if config.penalty == "srip" and not self._starts_fresh:
             self._draw_vectors()
+        if active and rank() == 0:
+            self._log_summary()
 
     @property
     def names(self) -> list[str]:
-        """Names of the regularised parameters, in the encoder's order."""
+        """Names of the selected parameters, frozen ones too, in the encoder's order."""
         return [site.name for site in self._sites]
+
+    def skipped(self) -> dict[str, str]:
+        """Returns why each other parameter of at least two dimensions is not regularized, now, by its name.
+
+        A reason is a kind, such as "embedding", "head" or "frozen", or a kind and its particulars: "tied: counted as
+        'wte.weight'". A frozen weight is among `names` too, because its error is measured.
+        """
+        frozen = {site.name: "frozen: requires_grad is False" for site in self._sites if not site.weight.requires_grad}
+        return self._selection.skipped | frozen
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Tells the step of the run, from 0, on which the schedule, `every` and the fresh vectors of SRIP depend.
@@ -100,11 +123,12 @@ class OrthogonalityRegularizer:
         self._factor = schedule_factor(self.config.schedule, step, total_steps)
 
     def penalty(self) -> Tensor:
-        """Gives the penalty as a scalar with autograd; weight, schedule and `every` are included."""
+        """Returns the penalty as a scalar with autograd; weight, schedule and `every` are included."""
         total = self._zero()
         with self._full_precision():
-            for sites, w_LOI, scale in self._active_groups():
-                total = total + scale * self._penalty(w_LOI, *self._arguments(sites, w_LOI)).sum()
+            for sites, _, w_LOI, scale in self._active_groups():
+                values_L = self._penalty(w_LOI, *self._arguments(sites, w_LOI))
+                total = total + scale * values_L.sum().to(total.device)
         return total
 
     @torch.no_grad()
@@ -120,10 +144,10 @@ class OrthogonalityRegularizer:
         """
         total = self._zero()
         with self._full_precision():
-            for sites, w_LOI, scale in self._active_groups():
+            for sites, weights, w_LOI, scale in self._active_groups():
                 values_L, grad_LOI = self._penalty_and_grad(w_LOI, *self._arguments(sites, w_LOI))
-                total = total + scale * values_L.sum()
-                _accumulate(sites, grad_LOI, scale)
+                total = total + scale * values_L.sum().to(total.device)
+                _accumulate(sites, weights, grad_LOI, scale)
                 self._iterate(sites, w_LOI)
         return total
 
@@ -131,33 +155,40 @@ class OrthogonalityRegularizer:
     def advance(self) -> None:
         """Iterates SRIP's vectors `power_iterations` times on the weights as they are; other penalties have none."""
         with self._full_precision():
-            for sites, w_LOI in self._groups():
+            for sites, _, w_LOI in self._groups():
                 self._iterate(sites, w_LOI)
 
     @torch.no_grad()
     def exact_vectors(self) -> None:
         """Sets SRIP's vectors to the exact eigenvectors by full decomposition: slow, for measuring and testing."""
         with self._full_precision():
-            for sites, w_LOI in self._groups() if self._vectors else ():
+            for sites, _, w_LOI in self._groups() if self._vectors else ():
                 v_LR = penalties.dominant_vectors(w_LOI)
                 self._keep(sites, torch.stack([v_LR, torch.zeros_like(v_LR)]))
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
-        """Gives ||G - I||_F of each weight, G its smaller Gram; over several matrices, the root of the sum of squares.
+        """Returns ||G - I||_F of each matrix, G its smaller Gram, by the name of its parameter.
+
+        Where a parameter holds several matrices, the name has a suffix: "[q]", "[k]" and "[v]" of fused attention
+        weights; the gates of a recurrent one, "[i]", "[f]", "[g]" and "[o]" or "[r]", "[z]" and "[n]"; "[expert 3]"; a
+        number where a bare parameter is a stack. Groups of a convolution have one value, the root of the sum of
+        squares.
 
         Frozen weights are included. Waits for the device: a diagnostic, not for every step.
         """
         squares: dict[str, Tensor] = {}
         with self._full_precision():
-            for sites, w_LOI in self._groups(frozen=True):
-                parts = penalties.so(w_LOI).split([site.parts for site in sites])
-                squares |= {site.name: part_P.sum() for site, part_P in zip(sites, parts, strict=True)}
-        values = torch.stack([squares[name] for name in self.names]).sqrt().tolist() if squares else []
-        return dict(zip(self.names, values, strict=True))
+            for sites, _, w_LOI in self._groups(frozen=True):
+                for site, part_P in zip(sites, penalties.so(w_LOI).split([site.parts for site in sites]), strict=True):
+                    values_P = part_P if site.layout.labels else part_P.sum()[None]
+                    squares |= zip(site.matrix_names, values_P.unbind(), strict=True)
+        names = [name for site in self._sites for name in site.matrix_names]
+        values = torch.stack([squares[name].cpu() for name in names]).sqrt().tolist() if names else []
+        return dict(zip(names, values, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gives a copy of SRIP's vectors by parameter name; empty where none is kept.
+        """Returns a copy of SRIP's vectors by parameter name; empty where none is kept.
 
         Each is (2, parts, R): the vectors of the weight's matrices, and the ones before.
         """
@@ -178,33 +209,45 @@ class OrthogonalityRegularizer:
                 raise InputError(f"orthogonality state: the vector of {name!r} has shape {found}, wanted {wanted}")
         self._vectors = {name: state[name].to(v_2PR, copy=True) for name, v_2PR in self._vectors.items()}
 
+    def _log_summary(self) -> None:
+        """Says once what is regularized and what is not; a warning where that may surprise."""
+        skipped = self.skipped()
+        sites = [site for site in self._sites if site.name not in skipped]
+        taken = f"{len(sites)} weights ({sum(site.parts for site in sites)} matrices) are regularized"
+        routine = all(kind(reason) in ROUTINE for reason in skipped.values())
+        line = f"orthogonality: {taken}; left out: {count_kinds(skipped.values())} (see skipped())"
+        _log_once(logging.INFO if routine else logging.WARNING, line)
+
     # Groups ----------------------------------------------------------------------------------------------------------
 
-    def _groups(self, frozen: bool = False) -> Iterator[tuple[list[Site], Tensor]]:
-        """Gathers the sites of one matrix shape with their matrices as a stack, in at least float32.
+    def _groups(self, frozen: bool = False) -> Iterator[tuple[list[Site], list[nn.Parameter], Tensor]]:
+        """Gathers the sites of one matrix shape, their weights, and the matrices as a stack, in at least float32.
 
         On a CPU a large matrix goes alone: there a batch saves it nothing, and the stack is a copy.
         """
         groups = defaultdict(list)
         for site in self._sites:
-            if frozen or site.weight.requires_grad:
-                alone = site.weight.device.type == "cpu" and math.prod(site.matrix_shape) >= _LARGE
-                groups[site.matrix_shape, site.weight.dtype, site.name if alone else ""].append(site)
-        for (_, dtype, _), sites in groups.items():
-            weights = whole_each([site.weight for site in sites])  # sharded ones: this group's alone, one at a time
-            stacks = [site.matrices(weight) for site, weight in zip(sites, weights, strict=True)]
+            weight = site.weight
+            if frozen or weight.requires_grad:
+                alone = weight.device.type == "cpu" and math.prod(site.matrix_shape) >= _LARGE
+                key = site.matrix_shape, weight.dtype, weight.device, site.name if alone else ""
+                groups[key].append((site, weight))
+        for (_, dtype, *_), members in groups.items():
+            sites, weights = [site for site, _ in members], [weight for _, weight in members]
+            gathered = whole_each(weights)  # sharded ones: this group's alone, one at a time
+            stacks = [site.matrices(weight) for site, weight in zip(sites, gathered, strict=True)]
             w_LOI = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
-            yield sites, w_LOI if dtype == torch.float64 else w_LOI.float()
+            yield sites, weights, w_LOI.to(torch.promote_types(dtype, torch.float32))
 
-    def _active_groups(self) -> Iterator[tuple[list[Site], Tensor, float]]:
+    def _active_groups(self) -> Iterator[tuple[list[Site], list[nn.Parameter], Tensor, float]]:
         """The groups and the scale of each one's penalties at this step; nothing at a step without penalty."""
         strength = self.weight * self._factor * self.config.every
         if strength == 0 or self._step % self.config.every:
             return
         count = sum(site.parts for site in self._sites)
-        for sites, w_LOI in self._groups():
+        for sites, weights, w_LOI in self._groups():
             rows = min(sites[0].matrix_shape) if self.config.penalty in ("so", "dso") else 1
-            yield sites, w_LOI, strength / (count * rows if self.config.normalize else 1)
+            yield sites, weights, w_LOI, strength / (count * rows if self.config.normalize else 1)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self._sites[0].weight.device if self._sites else None)
@@ -249,12 +292,17 @@ class OrthogonalityRegularizer:
         self._vectors |= {site.name: v_2PR for site, v_2PR in zip(sites, parts, strict=True)}
 
 
-def _accumulate(sites: list[Site], grad_LOI: Tensor, scale: float) -> None:
+def _accumulate(sites: list[Site], weights: list[nn.Parameter], grad_LOI: Tensor, scale: float) -> None:
     grads, updates = [], []
-    for site, update_POI in zip(sites, grad_LOI.split([site.parts for site in sites]), strict=True):
-        weight = site.weight
+    parts = grad_LOI.split([site.parts for site in sites])
+    for site, weight, update_POI in zip(sites, weights, parts, strict=True):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         grads.append(local_part(weight.grad))
-        updates.append(local_part(shard_like(site.like_weight(update_POI), weight)))
+        updates.append(local_part(shard_like(site.like_weight(update_POI, weight), weight)))
     torch._foreach_add_(grads, updates, alpha=scale)
+
+
+@functools.cache
+def _log_once(level: int, line: str) -> None:
+    _logger.log(level, line)
