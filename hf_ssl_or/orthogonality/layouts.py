@@ -1,7 +1,8 @@
 """How the weights of each kind of layer are stacks of matrices.
 
-Penalties do not see a transposition, so only where one matrix ends and the next begins decides anything: the groups of
-a convolution, the gates of a recurrent layer, the experts of a mixture, query, key and value of a fused weight.
+What matters is where one matrix ends and the next begins: the groups of a convolution, the gates of a recurrent layer,
+the experts of a mixture, query, key and value of a fused weight. Which axis holds the outputs decides nothing but the
+mutual coherence of square matrices.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def rows(shape: Shape, parts: int = 1, labels: tuple[str, ...] = ()) -> Layout:
     return Layout(view, tuple(range(len(view))), (view[1], math.prod(view[2:])), labels)
 
 
-def stack(shape: Shape, label: str = "") -> Layout:
+def stack(shape: Shape) -> Layout:
     """Returns the layout of (..., O, I): a matrix for each index of the leading axes."""
-    parts = math.prod(shape[:-2])
-    labels = tuple(f"{label} {i}".strip() for i in range(parts)) if parts > 1 else ()
-    return Layout((parts, *shape[-2:]), (0, 1, 2), (shape[-2], shape[-1]), labels)
+    parts, outputs, inputs = math.prod(shape[:-2]), *shape[-2:]
+    labels = tuple(str(i) for i in range(parts)) if parts > 1 else ()
+    return Layout((parts, outputs, inputs), (0, 1, 2), (outputs, inputs), labels)
 
 
 def layer_layouts(
@@ -94,7 +95,8 @@ def layer_layouts(
             projects = name.startswith("weight_hr")
             yield name, rows if projects else lambda shape: _gates(shape, layer.hidden_size)
     else:
-        yield from ((name, lambda shape: stack(shape, "expert")) for name in _expert_weights(layer))
+        transposed = getattr(layer, "is_transposed", False)
+        yield from ((name, lambda shape: _experts(shape, transposed)) for name in _expert_weights(layer))
 
 
 def is_fused(path: str, layer: nn.Module, parent: nn.Module | None) -> bool:
@@ -139,6 +141,13 @@ def _inputs_first(shape: Shape, groups: int) -> Layout:
 def _gates(shape: Shape, hidden: int) -> Layout:
     gates = shape[0] // hidden
     return rows(shape, gates, _GATES.get(gates, ()))
+
+
+def _experts(shape: Shape, transposed: bool) -> Layout:
+    experts, first, second = shape
+    labels = tuple(f"expert {i}" for i in range(experts))
+    order, matrix_shape = ((0, 2, 1), (second, first)) if transposed else ((0, 1, 2), (first, second))
+    return Layout(shape, order, matrix_shape, labels)
 
 
 def _expert_weights(layer: nn.Module) -> list[str]:
