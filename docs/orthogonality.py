@@ -8,14 +8,13 @@ The models are tiny ones of random weights; layers of one kind have one row, wha
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import timm
 import torch
-import transformers
-from torch import Tensor, nn
+import transformers as tf
+from torch import nn
 
 from hf_ssl_or import OrthogonalityConfig, OrthogonalityRegularizer
 
@@ -38,102 +37,76 @@ class Tagger(nn.Module):
         self.queries = nn.Parameter(torch.randn(4, 12))
 
 
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, num_key_value_heads=1))
-
-
-def clip() -> nn.Module:
-    text = DECODER | {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12))
-
-
-def bert() -> nn.Module:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**DECODER))
-
-
-def vit() -> nn.Module:
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=4))
-
-
-def dinov2() -> nn.Module:
-    config = transformers.Dinov2Config(**(VISION | {"mlp_ratio": 2}), num_labels=4, use_swiglu_ffn=True)
-    return transformers.Dinov2ForImageClassification(config)
-
-
-def swin() -> nn.Module:
-    config = transformers.SwinConfig(
-        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4, num_labels=4
-    )
-    return transformers.SwinForImageClassification(config)
-
-
-def convnextv2() -> nn.Module:
-    config = transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4)
-    return transformers.ConvNextV2ForImageClassification(config)
-
-
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**DECODER, num_key_value_heads=1, num_local_experts=3)
-    return transformers.MixtralForCausalLM(config)
-
-
-def gpt_neox() -> nn.Module:
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**DECODER))
-
-
-def bloom() -> nn.Module:
-    config = transformers.BloomConfig(n_layer=2, hidden_size=16, n_head=2, vocab_size=32)
-    return transformers.BloomForCausalLM(config)
-
-
-def whisper() -> nn.Module:
-    sizes = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in SIZES.items()}
-    config = transformers.WhisperConfig(
-        **sizes, d_model=16, vocab_size=32, num_mel_bins=8, max_source_positions=8, max_target_positions=8, pad_token_id=0
-    )
-    return transformers.WhisperForConditionalGeneration(config)
-
-
-SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
-
-
-def timm_convnext() -> nn.Module:
-    return timm.create_model("test_convnext", num_classes=4)
-
-
-def timm_efficientnet() -> nn.Module:
-    config = transformers.TimmWrapperConfig(architecture="test_efficientnet", num_labels=4)
-    return transformers.TimmWrapperForImageClassification(config)
-
+TEXT = DECODER | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIDES = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))
+}
+SPEECH = {"d_model": 16, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8}
+WINDOWS = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+TIMM = {"num_labels": 4, "architecture": "test_efficientnet"}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "GPT-2": gpt2,
-    "Llama": llama,
-    "CLIP": clip,
-    "BERT": bert,
-    "ViT": vit,
-    "DINOv2": dinov2,
-    "Swin": swin,
-    "ConvNeXt V2": convnextv2,
-    "Mixtral": mixtral,
-    "GPT-NeoX": gpt_neox,
-    "BLOOM": bloom,
-    "Whisper": whisper,
+    "GPT-2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16)),
+    "Llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, num_key_value_heads=1)),
+    "CLIP": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)),
+    "BERT": lambda: tf.BertForMaskedLM(tf.BertConfig(**DECODER)),
+    "ViT": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION, num_labels=4)),
+    "DINOv2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION, num_labels=4, use_swiglu_ffn=True)),
+    "Swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**WINDOWS, num_labels=4)),
+    "ConvNeXt V2": lambda: tf.ConvNextV2ForImageClassification(
+        tf.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=4)
+    ),
+    "Mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_key_value_heads=1, num_local_experts=3)),
+    "GPT-NeoX": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**DECODER)),
+    "BLOOM": lambda: tf.BloomForCausalLM(tf.BloomConfig(n_layer=2, hidden_size=16, n_head=2, vocab_size=32)),
+    "Whisper": lambda: tf.WhisperForConditionalGeneration(
+        tf.WhisperConfig(**SIDES, **SPEECH, vocab_size=32, pad_token_id=0)
+    ),
     "LSTM and attention": Tagger,
-    "timm's ConvNeXt": timm_convnext,
-    "timm's EfficientNet": timm_efficientnet,
+    "timm's ConvNeXt": lambda: timm.create_model("test_convnext", num_classes=4),
+    "timm's EfficientNet": lambda: tf.TimmWrapperForImageClassification(tf.TimmWrapperConfig(**TIMM)),
 }
+
+DOCUMENT = Path(__file__).with_suffix(".md")
+BEGIN, END = "<!-- by docs/orthogonality.py -->\n", "<!-- end -->\n"
+
+
+def pattern(name: str) -> str:
+    """Returns the name with stars for numbers, which is a pattern for `include` and `exclude`."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def listed(lines: Iterable[str]) -> str:
+    """Returns one cell of the table: each line once."""
+    return "<br>".join(dict.fromkeys(lines)) or "-"
+
+
+def row(name: str, model: nn.Module) -> str:
+    """Returns a model's row; where one parameter is several matrices, it says what each is for."""
+    regularizer = OrthogonalityRegularizer(model, OrthogonalityConfig(weight=1.0))
+    taken = []
+    for error in regularizer.errors():
+        parameter, _, part = error.partition("[")
+        taken.append(f"`{pattern(parameter)}`" + (f", by {kind(part)}" if part else ""))
+    left = [f"`{pattern(name)}`: {reason.partition(':')[0]}" for name, reason in regularizer.skipped().items()]
+    return f"| {name}, `{type(model).__name__}` | {listed(taken)} | {listed(left)} |"
+
+
+def kind(part: str) -> str:
+    """Returns what the suffixes of an error's name stand for."""
+    if part.startswith("expert"):
+        return "expert"
+    return "query, key and value" if part[0] in "qkv" else "gate"
+
+
+def table() -> str:
+    """Returns the table of all models."""
+    head = "| model | regularized | left out: why |\n|---|---|---|\n"
+    return head + "".join(row(name, build()) + "\n" for name, build in MODELS.items())
 
 
 if __name__ == "__main__":
-    for name, build in MODELS.items():
-        model = build()
-        reg = OrthogonalityRegularizer(model, OrthogonalityConfig(weight=1.0))
-        print("#####", name, type(model).__name__)
-        for n in reg.names: print("   +", n, tuple(model.get_parameter(n).shape))
-        for n, why in reg.skipped().items(): print("   -", n, why)
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table() + END + rest.partition(END)[2])

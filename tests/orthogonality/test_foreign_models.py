@@ -208,3 +208,7 @@ def test_errors_have_a_name_for_each_matrix():
         "attention.in_proj_weight[v]",
         "upsample.weight",
     } <= errors.keys()
+
+
+def test_the_table_of_the_document_is_what_the_script_writes():
+    assert foreign.table() in foreign.DOCUMENT.read_text()
