@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
+from hf_ssl_or.orthogonality.selection import encoder_of
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -66,7 +67,7 @@ class OrthogonalityCallback(TrainerCallback):
                 model = model.get_base_model()
             if not isinstance(model, PreTrainedModel):
                 raise InputError(f"OrthogonalityCallback: a {type(model).__name__} has no base_model; give encoder=")
-            encoder = model.base_model
+            encoder = encoder_of(model)
         self.regularizer = OrthogonalityRegularizer(encoder, self.config)
 
     def on_pre_optimizer_step(

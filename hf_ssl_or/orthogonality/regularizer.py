@@ -214,7 +214,7 @@ class OrthogonalityRegularizer:
         skipped = self.skipped()
         sites = [site for site in self._sites if site.name not in skipped]
         taken = f"{len(sites)} weights ({sum(site.parts for site in sites)} matrices) are regularized"
-        routine = all(kind(reason) in ROUTINE for reason in skipped.values())
+        routine = sites and all(kind(reason) in ROUTINE for reason in skipped.values())
         line = f"orthogonality: {taken}; left out: {count_kinds(skipped.values())} (see skipped())"
         _log_once(logging.INFO if routine else logging.WARNING, line)
 

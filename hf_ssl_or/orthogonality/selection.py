@@ -34,7 +34,9 @@ from hf_ssl_or.orthogonality.layouts import QKV, Layout, Shape, layer_layouts, r
 _HEADS = ("classifier", "classification_head", "score", "qa_outputs", "lm_head")
 
 # What nobody expects to be regularized; other reasons are worth a warning.
-ROUTINE = frozenset({"embedding", "position embedding", "token", "norm", "vector", "head", "tied", "excluded"})
+ROUTINE = frozenset(
+    {"embedding", "position embedding", "token", "norm", "vector", "head", "tied", "frozen", "excluded"}
+)
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def _adapters_and_heads(modules: dict[str, nn.Module]) -> dict[int, str]:
         heads += _heads(module)
     reasons = {id(weight): "head" for head in heads for weight in head.parameters()}
     for module in modules.values():
-        base = module.base_model if isinstance(module, PreTrainedModel) else module
+        base = encoder_of(module) if isinstance(module, PreTrainedModel) else module
         if base is not module:
             inside = {id(weight) for weight in base.parameters()}
             reasons |= {id(weight): "head" for weight in module.parameters() if id(weight) not in inside}
@@ -264,6 +266,11 @@ def _adapters_and_heads(modules: dict[str, nn.Module]) -> dict[int, str]:
         if isinstance(adapter, nn.Module):
             reasons |= {id(weight): "adapter: a factor of an update" for weight in adapter.parameters()}
     return reasons
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module:
+    """Returns the model without its head: `base_model`, or the model where that lacks the embeddings (DINOv3)."""
+    return model if hasattr(model, "embeddings") else model.base_model
 
 
 def _heads(module: nn.Module) -> list[nn.Module]:

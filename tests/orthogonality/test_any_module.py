@@ -9,8 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import CLIPConfig, CLIPForImageClassification
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    GptOssConfig,
+    GptOssModel,
+)
+from transformers.pytorch_utils import Conv1D
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
@@ -34,6 +43,13 @@ def linear_and(**parts):
     for name, part in parts.items():
         setattr(module, name, part)
     return module
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +132,35 @@ def test_a_classifier_beside_its_encoder_is_a_head():
     assert "vision_model.encoder.layers.0.mlp.fc1.weight" in regularize(model).names
 
 
+def test_the_embeddings_of_a_model_are_no_head():
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = DINOv3ViTModel(DINOv3ViTConfig(**small, image_size=16, patch_size=8))
+    assert "embeddings.patch_embeddings.weight" in regularize(model).names
+
+
+def test_transposed_experts_are_put_right():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = GptOssConfig(**sizes, vocab_size=32, num_hidden_layers=1, head_dim=8, num_local_experts=3)
+    (site,) = select_sites(GptOssModel(config), OrthogonalityConfig(include=["*gate_up_proj"]))
+    assert site.matrices().shape == (3, 48, 16)
+    torch.testing.assert_close(site.like_weight(site.matrices()), site.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_sharded_layers_of_any_kind(group, penalty):
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.MultiheadAttention(8, 2), nn.GRU(8, 6), nn.ConvTranspose2d(8, 6, 2, groups=2), Conv1D(8, 6)
+    ).double()
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
+    values = [regularize(module, penalty=penalty).add_gradients() for module in (plain, sharded)]
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
+    for one, other in zip(plain.parameters(), sharded.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad.to_local(), one.grad, rtol=1e-14, atol=1e-14)
+    assert len(regularize(sharded).names) == len(regularize(plain).names) == 6
+
+
 def test_one_line_says_once_what_is_left_out(caplog):
     regularizer._log_once.cache_clear()
     module = linear_and(pos_embed=nn.Parameter(torch.zeros(1, 5, 4)))
@@ -129,6 +174,8 @@ def test_one_line_says_once_what_is_left_out(caplog):
     regularize(module)
     assert caplog.records[-1].levelno == logging.WARNING
     assert "0 weights (0 matrices) are regularized; left out: 1 position embedding, 1 frozen" in caplog.text
+    regularize(linear_and(table=nn.Parameter(torch.zeros(4, 4))))
+    assert caplog.records[-1].levelno == logging.WARNING
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,13 +258,6 @@ def test_parametrized_weights_of_any_layer_are_refused():
         regularize(lstm)
     with pytest.raises(InputError, match="'weight' is parametrised"):
         regularize(nn.utils.weight_norm(nn.Linear(4, 4)))
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_flattened_weights_are_refused(group):
