@@ -24,8 +24,8 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head")
 
 # Fused rows that are q, k, v of the first head, then of the second, and so on: by the layer's name, the model's file.
 _HEADWISE_NAME = "query_key_value"
-_HEADWISE_FILES = ("modeling_gpt_bigcode", "modeling_minimax", "tiny_vit")
-_OTHER_FILES = ("modeling_codegen",)  # neither this nor that: its fused weights stay whole
+_HEADWISE_FILES = {"modeling_gpt_bigcode", "modeling_minimax", "tiny_vit"}
+_OTHER_FILES = {"modeling_codegen"}  # neither this nor that: its fused weights stay whole
 
 Shape = tuple[int, ...]
 
@@ -102,19 +102,20 @@ def layer_layouts(
 def is_fused(path: str, layer: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a layer makes queries, keys and values in a known order, as many of each as it has inputs."""
     name = path.rpartition(".")[2]
-    if not ("qkv" in name or name in (_HEADWISE_NAME, "c_attn")) or _file(parent) in _OTHER_FILES:
+    if not ("qkv" in name or name in (_HEADWISE_NAME, "c_attn")) or _files(parent) & _OTHER_FILES:
         return False
     if isinstance(layer, Conv1D):
         return bool(layer.nf == 3 * layer.nx)
     return isinstance(layer, nn.Linear) and layer.out_features == 3 * layer.in_features
 
 
-def _file(module: nn.Module | None) -> str:
-    return type(module).__module__.rpartition(".")[2]
+def _files(module: nn.Module | None) -> set[str]:
+    """Files of a module's classes; FSDP2 puts one of its own in front."""
+    return {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__}
 
 
 def _fused_rows(path: str, parent: nn.Module | None, shape: Shape) -> Layout:
-    if path.rpartition(".")[2] != _HEADWISE_NAME and _file(parent) not in _HEADWISE_FILES:
+    if path.rpartition(".")[2] != _HEADWISE_NAME and not _files(parent) & _HEADWISE_FILES:
         return rows(shape, 3, QKV)
     owners = parent, getattr(parent, "config", None)
     heads = next((getattr(owner, name) for owner in owners for name in _HEAD_COUNTS if hasattr(owner, name)), None)
@@ -153,5 +154,5 @@ def _experts(shape: Shape, transposed: bool) -> Layout:
 def _expert_weights(layer: nn.Module) -> list[str]:
     """Names of (experts, ., .) parameters of a layer that says how many experts it has."""
     counts = [getattr(layer, name) for name in _EXPERT_COUNTS if isinstance(getattr(layer, name, None), int)]
-    weights = {name: weight for name, weight in layer._parameters.items() if weight is not None}
+    weights = {name: w for name, w in layer._parameters.items() if w is not None and "bias" not in name}
     return [name for name, w in weights.items() if not is_lazy(w) and w.ndim == 3 and w.shape[0] in counts]

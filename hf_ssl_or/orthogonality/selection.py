@@ -33,6 +33,8 @@ from hf_ssl_or.orthogonality.layouts import QKV, Layout, Shape, layer_layouts, r
 # Heads of transformers' models that are their own base model, such as CLIP's classifiers.
 _HEADS = ("classifier", "classification_head", "score", "qa_outputs", "lm_head")
 
+_ADAPTER = "adapter: a factor of an update"
+
 # What nobody expects to be regularized; other reasons are worth a warning.
 ROUTINE = frozenset(
     {"embedding", "position embedding", "token", "norm", "vector", "head", "tied", "frozen", "excluded"}
@@ -264,7 +266,7 @@ def _adapters_and_heads(modules: dict[str, nn.Module]) -> dict[int, str]:
             reasons |= {id(weight): "head" for weight in module.parameters() if id(weight) not in inside}
     for adapter in adapters:
         if isinstance(adapter, nn.Module):
-            reasons |= {id(weight): "adapter: a factor of an update" for weight in adapter.parameters()}
+            reasons |= {id(weight): _ADAPTER for weight in adapter.parameters()}
     return reasons
 
 
@@ -299,7 +301,10 @@ def _reason(
         return "position embedding" if re.search("pos|wpe$", path.rpartition(".")[2]) else "embedding"
     if known or id(weight) in outside:
         return outside.get(id(weight))
-    if ".parametrizations." in f".{path}." or isinstance(owner, nn.Linear | _ConvNd):
+    if attribute.startswith("lora_"):
+        return _ADAPTER
+    made = isinstance(owner, nn.Linear | _ConvNd) and not isinstance(owner.weight, nn.Parameter)
+    if made or ".parametrizations." in f".{path}.":
         return "parametrized: a part of another weight"
     if "Norm" in type(owner).__name__:
         return "norm"

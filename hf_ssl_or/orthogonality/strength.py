@@ -1,4 +1,4 @@
-"""How strongly an encoder is regularised: the paper's weights, and the course of the weight over a run."""
+"""How strongly an encoder is regularized: the paper's weights, and the course of the weight over a run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _STEP_DECAY = ((120, 0.0), (70, 1e-6), (50, 1e-4), (20, 1e-3), (0, 1.0))
 
 
 def resolve_weight(encoder: nn.Module, config: OrthogonalityConfig) -> float:
-    """Gives the configured weight, or for "auto" that of the paper for the encoder's `config.architecture`.
+    """Returns the configured weight, or for "auto" that of the paper for the encoder's `config.architecture`.
 
     Raises:
-        InputError: The paper has no weight for this encoder and penalty, or not for normalised penalties.
+        InputError: The paper has no weight for this encoder and penalty, or not for normalized penalties.
     """
     if config.weight != "auto":
         return float(config.weight)
@@ -44,7 +44,7 @@ def resolve_weight(encoder: nn.Module, config: OrthogonalityConfig) -> float:
 
 
 def schedule_factor(schedule: str, step: int, total_steps: int) -> float:
-    """Gives the factor of the weight at a step of the run.
+    """Returns the factor of the weight at a step of the run.
 
     Constant: 1. Step: 1, then 1e-3, 1e-4, 1e-6 and 0 from 10, 25, 35 and 60 % of the run on, after Bansal et al.
     Cosine: from 1 to 0.

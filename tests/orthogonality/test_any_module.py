@@ -26,6 +26,8 @@ from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality import OrthogonalityRegularizer, penalties, regularizer
 from hf_ssl_or.orthogonality.selection import select_sites
 
+pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new", "ignore:FSDP is switching")
+
 PENALTIES = ["so", "dso", "mutual_coherence", "srip"]
 
 

@@ -152,9 +152,8 @@ def test_nothing_is_left_out_without_a_reason(name):
 
 
 def gpt_bigcode():
-    return GPTBigCodeModel(
-        GPTBigCodeConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, multi_query=False)
-    )
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return GPTBigCodeModel(GPTBigCodeConfig(**sizes, multi_query=False))
 
 
 SPLIT = {name: foreign.MODELS[name] for name in ("GPT-2", "GPT-NeoX", "BLOOM")} | {"GPTBigCode": gpt_bigcode}
