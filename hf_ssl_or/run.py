@@ -87,13 +87,16 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         labelled = _labelled_images(recipe, images)
     bank, test = labelled or (None, None)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
-    if is_main:
-        print_start(images)
     baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
     weights_before = weight_report(trainer.encoder)
+
+    def begin() -> None:
+        write_recipe(recipe, run_dir / "recipe.yaml")
+        print_start(images)
+
     started = time.perf_counter()
     with _pushing(recipe, trainer, images, run_dir) if is_main else nullcontext():
-        trainer.train(resume=resume, on_start=lambda: write_recipe(recipe, run_dir / "recipe.yaml"))
+        trainer.train(resume=resume, on_start=begin)
     seconds = time.perf_counter() - started
     if is_main:
         save_encoder(recipe, trainer, images, run_dir / "encoder")

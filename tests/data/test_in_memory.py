@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ssl_or.data.sources import ListSource
+from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.errors import InputError
 from tests.data.image_writing import picture, save, values
 
