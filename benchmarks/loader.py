@@ -6,7 +6,8 @@ Folders of JPEGs are made first; all files are in the machine's memory by then.
 
 Photos: seconds of an epoch of two views of 224 pixels (crop, flip, color jitter, grayscale, normalized, by the same
 settings) of photos of 500 x 375 and of 4000 x 3000 pixels, decoding included. Ours crops from the files in every epoch
-(`data.cache=none`), or decodes once into a file (the first epoch, with the decoding, and any later one). Lightly's is
+(`data.cache=none`; which files can be read was noted by an earlier run), or decodes once into a file (the first epoch,
+with the decoding, and any later one). Lightly's is
 `LightlyDataset` with its `SimCLRTransform`, torchvision's a v2 chain on uint8 tensors, both in a DataLoader; all have
 `--workers` processes or threads.
 
@@ -172,7 +173,7 @@ def photos(args: argparse.Namespace) -> list[Row]:
             count -= count % args.photo_batch if count >= args.photo_batch else 0
             make_photos(folder, count, width, height)
             makers = {
-                "ours, from the files": our_epoch(folder, args, "none", None),
+                "ours, from the files": our_epoch(folder, args, "none", kept),
                 "ours, the first epoch": our_epoch(folder, args, "disk", None),
                 "ours, later epochs": our_epoch(folder, args, "disk", kept),
                 "lightly": lightly_epoch(folder, args),

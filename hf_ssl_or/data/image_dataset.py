@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,9 +28,6 @@ from hf_ssl_or.structures import ViewSpec
 
 _DEVICE_BYTES = 4 * 2**30  # sets of images of one size that are no larger move to the GPU's memory
 _MATRIX_SIDE = 128  # pixels up to which matrices crop faster than PIL on a CPU
-_TASK = 8  # images that a thread crops at a time
-_AHEAD = 2  # batches that are cropped at a time
-_CLEAN_TASK = 64
 
 # What a step gets: its views, group by group, and the places of the images that they are of.
 Rendered = tuple[list[Tensor], np.ndarray]
@@ -201,11 +196,10 @@ class ImageSet:
             stored, original = self.whole.uniform_sizes
             for plan in plans:
                 images_BHWC = _select(pixels, plan.index_B, device)
-                yield self._render([images_BHWC] * len(plan.groups), plan, (original, stored)), plan.index_B
+                sources = [images_BHWC] * len(plan.groups)
+                yield render_groups(sources, plan, self.preprocessing, original, stored), plan.index_B
             return
-        plans, ahead = (plans, plans) if isinstance(plans, list) else itertools.tee(plans)
-        for plan, (crops, index_B) in zip(plans, self._crops(ahead, device), strict=True):
-            yield self._render([x.to(device, non_blocking=True) for x in crops], plan, (None, None)), index_B
+        yield from self._views_of_crops(plans, device)
 
     def suited(self, specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
         """Returns specs as they are for RGB images, else without what needs colors."""
@@ -227,58 +221,26 @@ class ImageSet:
             self._on_device[device] = pixels.to(device) if self.whole.nbytes <= _DEVICE_BYTES else pixels
         return self._on_device[device]
 
-    def _render(self, sources: list[Tensor], plan: ViewPlan, sizes: tuple[Any, Any]) -> list[Tensor]:
-        channels = self.preprocessing.num_channels
-        parameters = (
-            sample_parameters(group, plan.index_B, num_channels=channels, original_size=sizes[0], stored_size=sizes[1])
-            for group in plan.groups
-        )
-        return [
-            render_views(source, drawn, self.preprocessing) for source, drawn in zip(sources, parameters, strict=True)
-        ]
+    def _views_of_crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[Rendered]:
+        """Yields views whose crops worker processes cut ahead of time; for a CPU they make all of the view."""
+        maker = _ViewMaker(self.job, self.whole, self.preprocessing if device.type == "cpu" else None)
+        plans, ahead = (plans, plans) if isinstance(plans, list) else itertools.tee(plans)
+        for plan, (groups, index_B) in zip(plans, self._loader(ahead, maker, device), strict=True):
+            if device.type != "cpu":
+                crops = [x.to(device, non_blocking=True) for x in groups]
+                groups = render_groups(crops, plan, self.preprocessing)
+            yield groups, index_B
 
-    def _crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[tuple[list[Tensor], np.ndarray]]:
-        """Yields the crops of each plan, (V, B, size, size, C) for each group, cut on the host ahead of time."""
-        if self.whole is None:
-            yield from self._loader(plans, _CropDecoder(self.job), device)
-            return
-        pool, pending = ThreadPoolExecutor(self.job.workers), deque[tuple[Any, ...]]()
-        try:
-            for plan in plans:
-                pending.append((plan, *self._start_crops(plan, pool, device)))
-                if len(pending) >= _AHEAD:
-                    yield _finish_crops(*pending.popleft())
-            while pending:
-                yield _finish_crops(*pending.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _start_crops(
-        self, plan: ViewPlan, pool: ThreadPoolExecutor, device: torch.device
-    ) -> tuple[list[Tensor], list[Future[None]]]:
-        store = self.whole
-        assert store is not None
-        outs = empty_crops(plan, self.job, device)
-        boxes = [group.boxes(plan.index_B, store.originals_N2[plan.index_B]) for group in plan.groups]
-
-        def crop(start: int) -> None:
-            for b in range(start, min(start + _TASK, len(plan.index_B))):
-                i = int(plan.index_B[b])
-                original = tuple(int(side) for side in store.originals_N2[i])
-                for group, boxes_VB4, out in zip(plan.groups, boxes, outs, strict=True):
-                    crop_views(store[i], original, boxes_VB4[:, b], group.size, out.numpy()[:, b])  # type: ignore[arg-type]
-
-        return outs, [pool.submit(crop, start) for start in range(0, len(plan.index_B), _TASK)]
-
-    def _loader(self, items: Iterable[Any], decoder: _Decoder, device: torch.device | str) -> Iterator[Any]:
-        """Decodes batches in worker processes that run ahead, and counts what could not be read."""
-        batches = (list(decoder.items_of(item)) for item in items)
+    def _loader(self, items: Iterable[Any], maker: Dataset, device: torch.device | str) -> Iterator[Any]:
+        """Makes one batch after the other in worker processes that run ahead, and counts what could not be read."""
+        # Processes are not worth starting for one batch.
+        workers = 0 if isinstance(items, list) and len(items) == 1 else self.job.workers
         loader = DataLoader(
-            decoder,
-            batch_sampler=batches,
-            # Processes are not worth starting for one batch.
-            num_workers=0 if isinstance(items, list) and len(items) == 1 else self.job.workers,
-            collate_fn=decoder.collate,
+            maker,
+            batch_size=None,
+            sampler=cast(Any, items),
+            num_workers=workers,
+            collate_fn=_as_it_is,
             pin_memory=torch.device(device).type == "cuda",
         )
         for result, index_B, failures in _watched(loader):
@@ -361,14 +323,29 @@ def empty_crops(plan: ViewPlan, job: DecodeJob, device: torch.device | str) -> l
     return [torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda") for shape in shapes]
 
 
-def _finish_crops(plan: ViewPlan, outs: list[Tensor], futures: list[Future[None]]) -> tuple[list[Tensor], np.ndarray]:
-    for future in futures:
-        future.result()
-    return outs, plan.index_B
+def render_groups(
+    sources: Sequence[Tensor],
+    plan: ViewPlan,
+    preprocessing: Preprocessing,
+    original_size: tuple[int, int] | None = None,
+    stored_size: tuple[int, int] | None = None,
+) -> list[Tensor]:
+    """Renders the groups of a plan, from whole images of one size, or from crops: see `render_views`."""
+    channels = preprocessing.num_channels
+    return [
+        render_views(
+            source,
+            sample_parameters(
+                group, plan.index_B, num_channels=channels, original_size=original_size, stored_size=stored_size
+            ),
+            preprocessing,
+        )
+        for source, group in zip(sources, plan.groups, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images that are decoded in each step
+# What worker processes do
 
 
 def _watched(loader: Iterable[Any]) -> Iterator[Any]:
@@ -384,67 +361,65 @@ def _watched(loader: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
-class _Decoder(Dataset):
-    """Decodes what a batch wants of its images, one by one; says which could not be read.
+def _as_it_is(made: Any) -> Any:
+    return made
 
-    Args:
-        job: The images.
-    """
+
+class _SquareDecoder(Dataset):
+    """Decodes batches of squares."""
 
     def __init__(self, job: DecodeJob) -> None:
         self.job = job
 
-    def items_of(self, item: Any) -> Iterator[Any]:
-        """Splits what a batch wants into what each image gives."""
-        raise NotImplementedError
+    def __getitem__(self, index_B: np.ndarray) -> tuple[Tensor, None, dict[int, str]]:
+        images = [decode(self.job.source, int(self.job.rows[i]), self.job) for i in index_B]
+        for image in images:
+            if isinstance(image, str):  # another image in its place would have the wrong label
+                raise InputError(f"data.dataset: {image}; it could be read before")
+        pixels = [image.pixels for image in images if isinstance(image, Decoded)]
+        return torch.from_numpy(np.stack(pixels)), None, {}
 
-    def collate(self, items: list[Any]) -> Any:
-        """Puts the images of a batch together."""
-        raise NotImplementedError
 
-    def first_readable(self, i: int, read: Callable[[int], Any]) -> tuple[Any, int, dict[int, str]]:
-        """Reads image i, or the next one that can be read: what was read, its place, and the failures."""
-        rows, failures = self.job.rows, dict[int, str]()
-        for place in range(i, i + len(rows)):
-            row = int(rows[place % len(rows)])
-            image = read(row)
-            if not isinstance(image, str):
-                return image, place % len(rows), failures
-            failures[row] = image
+class _ViewMaker(Dataset):
+    """Cuts the crops of a batch, out of what is stored or out of the files, and renders them for a CPU.
+
+    Args:
+        job: The images.
+        store: The images as they are stored; None decodes them.
+        preprocessing: How views are rendered; None leaves crops as they are.
+    """
+
+    def __init__(self, job: DecodeJob, store: PixelStore | None, preprocessing: Preprocessing | None) -> None:
+        self.job, self.store, self.preprocessing = job, store, preprocessing
+
+    def __getitem__(self, plan: ViewPlan) -> tuple[list[Tensor], np.ndarray, dict[int, str]]:
+        outs, failures = empty_crops(plan, self.job, "cpu"), dict[int, str]()
+        places = [self._crop(plan, b, outs, failures) for b in range(len(plan.index_B))]
+        if self.preprocessing is not None:
+            outs = render_groups(outs, plan, self.preprocessing)
+        return outs, np.array(places), failures
+
+    def _crop(self, plan: ViewPlan, b: int, outs: list[Tensor], failures: dict[int, str]) -> int:
+        """Cuts the crops of an image, or of the next one that can be read; returns its place in the set."""
+        place, rows = int(plan.index_B[b]), self.job.rows
+        one = ViewPlan(plan.index_B[b : b + 1], plan.groups)
+        if self.store is not None:
+            height, width = (int(side) for side in self.store.originals_N2[place])
+            _write_crops(cut(Decoded(self.store[place], (height, width)), self.job, one), b, outs)
+            return place
+        for i in range(place, place + len(rows)):
+            row = int(rows[i % len(rows)])
+            crops = crop_file(row, self.job.source, self.job, one)
+            if not isinstance(crops, str):
+                _write_crops(crops, b, outs)
+                return i % len(rows)
+            failures[row] = crops
         raise self.job.too_many(list(failures.values()))
 
 
-class _SquareDecoder(_Decoder):
-    def items_of(self, item: np.ndarray) -> Iterator[int]:
-        yield from item.tolist()
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        image = decode(self.job.source, int(self.job.rows[i]), self.job)
-        if isinstance(image, str):  # another image in its place would have the wrong label
-            raise InputError(f"data.dataset: {image}; it could be read before")
-        return image.pixels
-
-    def collate(self, items: list[np.ndarray]) -> tuple[Tensor, None, dict[int, str]]:
-        return torch.from_numpy(np.stack(items)), None, {}
-
-
-class _CropDecoder(_Decoder):
-    def items_of(self, item: ViewPlan) -> Iterator[tuple[int, ViewPlan]]:
-        for b in range(len(item.index_B)):
-            yield b, ViewPlan(item.index_B[b : b + 1], item.groups)
-
-    def __getitem__(self, item: tuple[int, ViewPlan]) -> tuple[list[np.ndarray], int, dict[int, str]]:
-        plan = item[1]
-        crops, place, failures = self.first_readable(
-            int(plan.index_B[0]), lambda row: crop_file(row, self.job.source, self.job, plan)
-        )
-        return crops, place, failures
-
-    def collate(self, items: list[Any]) -> tuple[list[Tensor], np.ndarray, dict[int, str]]:
-        groups = zip(*(crops for crops, _, _ in items), strict=True)
-        failures = {row: reason for _, _, found in items for row, reason in found.items()}
-        stacked = [torch.from_numpy(np.concatenate(crops, axis=1)) for crops in groups]
-        return stacked, np.array([place for _, place, _ in items]), failures
+def _write_crops(crops: list[np.ndarray], b: int, outs: list[Tensor]) -> None:
+    for out, crop in zip(outs, crops, strict=True):
+        out.numpy()[:, b] = crop[:, 0]
 
 
 def crop_file(row: int, source: Any, job: DecodeJob, plan: ViewPlan) -> list[np.ndarray] | str:

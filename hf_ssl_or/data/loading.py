@@ -133,7 +133,7 @@ def _storage(arguments: DataArguments, nbytes: int) -> Storage:
 
 
 def _first_pass(images: ImageSet, arguments: DataArguments, *, squares: bool) -> tuple[PixelStore, Tally]:
-    """Decodes all images once: stores them, or finds what can be read."""
+    """Decodes all images once and stores them; of those that are decoded in each step it finds what can be read."""
     job = images.square_job if squares else images.job
     storage = images.square_storage if squares else images.whole_storage
     if storage.mode == "memory":

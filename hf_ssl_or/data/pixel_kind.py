@@ -13,7 +13,7 @@ import numpy as np
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.sources import ImageReader
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.models.image_conversion import Preprocessing, ValueRange, to_pixels, upright_size
+from hf_ssl_or.models.image_conversion import Preprocessing, ValueRange, is_eight_bit, to_pixels, upright_size
 from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.structures import ViewSpec
 
@@ -72,13 +72,14 @@ def measure_kind(
         try:
             image = reader.read(row)
             size = upright_size(image)
-            pixels = to_pixels(image, num_channels, least=64)
+            eight_bit = is_eight_bit(image)  # which its header says: it need not be decoded
+            pixels = np.empty((1, 1), np.uint8) if eight_bit else to_pixels(image, num_channels)
         except Exception:  # it is counted, and named, when all are decoded
             continue
         sizes.append(size or pixels.shape[:2])
+        firsts.setdefault(pixels.dtype.name, reader.describe(row))
         if len(sizes) >= _EIGHT_BIT_SAMPLE and firsts.keys() == {"uint8"}:
             break  # others that may come are found when all are decoded
-        firsts.setdefault(pixels.dtype.name, reader.describe(row))
         if pixels.dtype != np.uint8:
             flat = pixels.reshape(-1)
             values.append(flat[np.linspace(0, len(flat) - 1, num=min(_VALUES, len(flat)), dtype=np.int64)])

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
 from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
-from hf_ssl_or.data.image_dataset import ImageSet, Storage, crop_file, empty_crops
+from hf_ssl_or.data.image_dataset import ImageSet, Rendered, Storage, crop_file, empty_crops, render_groups
 from hf_ssl_or.data.order import WindowOrder
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
@@ -227,6 +227,12 @@ class StreamingImageSet(ImageSet):
 
         for squares_BHWC in self._decode(indices, lambda index_B: index_B, begin):
             yield squares_BHWC.to(device, non_blocking=True)
+
+    def _views_of_crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[Rendered]:
+        plans, ahead = itertools.tee(plans)
+        for plan, (crops, index_B) in zip(plans, self._crops(ahead, device), strict=True):
+            crops = [x.to(device, non_blocking=True) for x in crops]
+            yield render_groups(crops, plan, self.preprocessing), index_B
 
     def _crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         def begin(plan: ViewPlan) -> tuple[tuple[list[Tensor], np.ndarray], Fill]:

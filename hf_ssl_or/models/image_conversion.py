@@ -299,6 +299,11 @@ def upright_size(image: Any) -> tuple[int, int] | None:
     return (width, height) if turned else (height, width)
 
 
+def is_eight_bit(image: Any) -> bool:
+    """Says whether an opened image is one of PIL's, which have 8 bits but for the modes "I" and "F"."""
+    return isinstance(image, Image.Image) and not image.mode.startswith(("I", "F"))
+
+
 def _from_pil(image: Image.Image, num_channels: int, least: int | None) -> np.ndarray:
     if image.format == "JPEG" and least is not None:
         image.draft(None, (least, least))
