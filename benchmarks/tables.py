@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md")]
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md", "images.md")]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PEERS = {  # packages that a script compares with, by the name of their versions
@@ -24,7 +24,7 @@ PEERS = {  # packages that a script compares with, by the name of their versions
     "losses": ("lightly",),
     "recipes": ("stable-pretraining", "lightning"),
     "views": ("kornia", "torchvision"),
-    "loader": ("torchvision",),
+    "loader": ("torchvision", "lightly"),
 }
 Columns = dict[str, tuple[str, str]]
 GROWTH: Columns = {"name": ("method", ""), "size": ("size", "d"), "ours_ms": ("ms", ".0f"), "times": ("times", ".2f")}
@@ -83,6 +83,20 @@ TABLES: dict[tuple[str, str], Columns] = {
         "pil": ("PIL loop", ".1f"),
         "datasets": ("datasets and torchvision", ".1f"),
         "times_faster": ("times as fast as the latter", ".2f"),
+    },
+    ("loader", "photos"): {
+        "name": ("an epoch of photos, by", ""),
+        "pixels": ("photos", ""),
+        "photos_per_s": ("photos/s", ".1f"),
+        "times_faster": ("our first epoch is times as fast", ".2f"),
+        "from_files_faster": ("from the files", ".2f"),
+        "later_faster": ("later epochs", ".2f"),
+    },
+    ("wide_pictures", "rows"): {
+        "name": ("pretrained on crops of", ""),
+        "seeds": ("seeds", "d"),
+        "knn": ("kNN on photos, %", ".2f"),
+        "knn_std": ("+-", ".2f"),
     },
     ("checkpoint", "rows"): {
         "encoder": ("encoder", ""),
