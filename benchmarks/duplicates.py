@@ -3,8 +3,8 @@
     HF_SSL_OR_DATA=data python benchmarks/duplicates.py random:resnet18@64 --sets imagenette64 dtd10 --machine cpu
 
 A sample of up to 1,000 images of each set is encoded, and copies of a tenth of them: as JPEG of quality 90, and
-enlarged 1.5 times. A copy counts as found if its cosine is at least the threshold that `embed --duplicates` measures on
-the sample; an image counts among the others if another image of the sample is that near. Writes
+enlarged 1.5 times. A copy counts as found if its cosine is at least the threshold that `embed --duplicates` measures
+on the sample; an image counts among the others if another image of the sample is that near. Writes
 benchmarks/results/<machine>/duplicates.json.
 """
 

@@ -14,7 +14,17 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 # Files of more than 15 s, the longest first: with several workers none of them is left for the end.
-FIRST = ["world_size", "one_way_to_pixels", "export", "resume", "dying_processes", "elastic", "clients", "push", "sharding"]
+FIRST = [
+    "world_size",
+    "one_way_to_pixels",
+    "export",
+    "resume",
+    "dying_processes",
+    "elastic",
+    "clients",
+    "push",
+    "sharding",
+]
 FIRST += ["embedding", "html", "worked_scripts", "regularizer", "foreign_models"]
 
 
