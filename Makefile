@@ -13,7 +13,7 @@ quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on bu
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
-test: check     ## lint, types and all tests (about 7 minutes on 2 cores)
+test: check     ## lint, types and all tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test    ## lint and types

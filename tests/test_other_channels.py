@@ -85,6 +85,8 @@ def test_a_run_from_files_to_a_loaded_encoder(channels: int, name: str, tmp_path
         torch.testing.assert_close(x_BCHW, clean_BCHW, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(model(x_BCHW).pooler_output, expected)
 
+    # What would be pushed is loaded in a process without this package, and proven on files of the set's kind.
+    assert main(["push", str(run), "ada/other", "--dry-run", "--license", "apache-2.0"]) == 0
     assert main(["evaluate", str(run), "--output", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["evaluations"] == results["evaluations"]
