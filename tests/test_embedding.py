@@ -242,7 +242,7 @@ def test_killed_before_any_file_operation_it_ends_as_if_it_had_not_been(
     assert start(arguments_of(encoder, data, whole, *more), whole.parent, tmp_path, log=log).wait().statuses == [0]
     operations = len(log.read_text())
     assert operations > 20
-    step = 13 if ending == ".parquet" and not streams else 25
+    step = 9 if ending == ".parquet" and not streams else 25
     for die_at in {*range(0, operations, step), *range(operations - 4, operations)}:
         output = tmp_path / f"killed-{die_at}" / whole.name
         argv = arguments_of(encoder, data, output, *more)

@@ -200,7 +200,7 @@ def _with_splits(found: ImageFolder, *, is_glob: bool) -> ImageFolder:
     # A train is also a class of pictures, and where no folder reads like another split none can leak.
     are_classes = splits == {"train"} and len(others) > 1 and not any("/" in folder for folder in folders)
     if doubtful and (is_glob or are_classes):
-        _logger.warning("%s: no split, but taken for a folder like the others: %s", found.name, ", ".join(named))
+        _logger.warning("%s: no split, but read as a folder like the others: %s", found.name, ", ".join(named))
         return found
     if doubtful:
         others -= {parts[folder][0] for folder in doubtful}
@@ -242,5 +242,5 @@ def _with_splits_of_files(found: ImageFolder) -> ImageFolder:
             f"data.dataset: in {found.name}, {count}, such as {examples}; put each split into a folder of "
             "its name, or write a pattern of the files to train on"
         )
-    _logger.warning("%s: %s (%s), and are taken for images like the others", found.name, count, examples)
+    _logger.warning("%s: %s (%s), and are read as images like the others", found.name, count, examples)
     return found

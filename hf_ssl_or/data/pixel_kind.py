@@ -126,7 +126,7 @@ def _measured_range(
         if bright > _GAP * dark and min(k, len(positive) - k) >= max(2, 0.05 * len(positive)):
             _logger.warning(
                 "data.value_range: %s seems to have two ranges of values, up to %g (%s) and from %g (%s) on; one, "
-                "[%g, %g], is taken for both",
+                "[%g, %g], is used for both",
                 *(name, dark, first, bright, second, low, high),
             )
     return low, high

@@ -118,7 +118,7 @@ def test_folders_that_may_be_a_split_are_refused(tmp_path, folders, named):
 def test_a_glob_says_that_each_folder_is_a_class(tmp_path, caplog):
     save(tmp_path, "cat/1.png", "dog/1.png", "test/1.png")
     assert load(f"{tmp_path}/**/*").class_names == ["cat", "dog", "test"]
-    assert "taken for a folder like the others: test" in caplog.text
+    assert "read as a folder like the others: test" in caplog.text
 
 
 def test_names_of_files_say_the_split_where_all_do(tmp_path, caplog):
