@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-quickstart: $(VENV)/.run    ## install, then pretrain and judge an encoder on built-in images (about 2 minutes on 2 cores, and the install)
+quickstart: $(VENV)/.run    ## install, then pretrain and evaluate an encoder on built-in images (about 2 minutes on 2 cores, and the install)
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 

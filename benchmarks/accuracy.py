@@ -9,9 +9,9 @@ half of the epochs, unless its images are halved. The schedule of the learning r
 settings are the same for all arms and were not tuned for any of them. By default the recipe is that of a slim ResNet
 with a fifth of CIFAR-10's images, which ends far below what a full run reaches: it compares arms, and is no record.
 
-kNN and the linear probe judge on the whole test split, with the whole training split as what they learn from. "To" a
+kNN and the linear probe are fit on the full training split and evaluated on the full test split. "To" a
 threshold counts the views that were trained on, in thousands, until kNN (on the monitor's sample of images) gets
-there: linear between two looks, the first look's if it is there already; a dash says that not all seeds got there.
+there: linear between two evaluations, the first one's if it is there already; a dash: not all seeds got there.
 Seconds are those of training steps, without looks, and mean little where runs share the machine (`--jobs`) with each
 other or anything else. Seeds decide weights, order and augmentation of a run; figures are mean and standard deviation
 over the seeds.
@@ -34,7 +34,7 @@ from typing import Any
 
 from common import Row, Table, parser, write
 
-from hf_ssl_or.hub.facts import read_facts, read_log
+from hf_ssl_or.hub.run_record import read_facts, read_log
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "cifar10" / "barlow_twins" / "resnet18-slim.yaml"
@@ -64,7 +64,7 @@ COLUMNS = {
 
 
 def changes(arm: str, seed: int, args: argparse.Namespace) -> list[str]:
-    """Gives the recipe's settings of one run."""
+    """Returns the recipe's settings of one run."""
     views, share, others = ARMS[arm]
     epochs = round(args.epochs * 2 / (views * share))
     return [
@@ -88,7 +88,7 @@ def changes(arm: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> Path:
-    """Trains and judges, or goes on with what an earlier call left; gives the run's folder."""
+    """Trains and evaluates, or continues with what an earlier call left; gives the run's folder."""
     folder = args.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
     if (folder / "results.json").exists():
         return folder
@@ -107,7 +107,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def looks(folder: Path, batch: int, views: int) -> list[tuple[float, float, float]]:
-    """Gives thousands of views, seconds in steps and kNN accuracy of every look."""
+    """Returns thousands of views, seconds in steps and kNN accuracy of every look."""
     seconds, done, found = 0.0, 0, []
     for line in read_log(folder):
         if line["kind"] == "train":
@@ -119,7 +119,7 @@ def looks(folder: Path, batch: int, views: int) -> list[tuple[float, float, floa
 
 
 def cost(threshold: float, curve: list[tuple[float, float, float]]) -> tuple[float | None, float | None]:
-    """Gives views and seconds until the curve first is at the threshold, linear between looks; None if it never is."""
+    """Returns views and seconds until the curve first is at the threshold, linear between evaluations, or None."""
     if curve[0][2] >= threshold:
         return curve[0][:2]
     for early, late in pairwise(curve):
@@ -146,7 +146,7 @@ def measures(folder: Path, thresholds: list[float]) -> dict[str, float | None]:
 
 
 def summary(arm: str, folders: list[Path], args: argparse.Namespace) -> Row:
-    """Gives mean and standard deviation over the seeds; None where a seed has no value."""
+    """Returns mean and standard deviation over the seeds; None where a seed has no value."""
     found = [measures(folder, args.thresholds) for folder in folders]
     row: Row = {"name": arm, "epochs": read_facts(folders[0]).recipe["training"]["epochs"], "seeds": len(found)}
     for key in found[0]:

@@ -23,7 +23,7 @@ import torch
 from common import Row, parser, prepare, write
 from ours import ENCODERS, build_trainer, noise_images
 
-from hf_ssl_or import Trainer
+from hf_ssl_or import SSLTrainer
 
 PARTS = (
     "views",
@@ -66,7 +66,7 @@ class Stopwatch:
         return run
 
 
-def watch(trainer: Trainer, watch: Stopwatch) -> None:
+def watch(trainer: SSLTrainer, watch: Stopwatch) -> None:
     """Puts stamps into a trainer whose method is an encoder, a projector and a loss of projections."""
 
     def after_encoder(module: Any, inputs: Any, output: Any) -> None:

@@ -43,7 +43,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
 
 
 def clocked(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Gives a function that does `work` and returns its seconds, the device's queue included."""
+    """Returns a function that does `work` and returns its seconds, the device's queue included."""
 
     def run() -> float:
         if device.type == "cuda":
@@ -60,7 +60,7 @@ def clocked(work: Callable[[], object], device: torch.device) -> Callable[[], fl
 def take_turns(
     runs: Sequence[Callable[[], float]], budget: float, *, least: int = 3, warm: bool = True
 ) -> list[list[float]]:
-    """Gives rounds of one result of each run, every other round in reverse, so that a busy machine slows all alike.
+    """Returns rounds of one result of each run, every other round in reverse, so that a busy machine slows all alike.
 
     Args:
         runs: What to measure.

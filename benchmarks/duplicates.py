@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.evaluation.curation import duplicate_threshold, nearest_neighbors
-from hf_ssl_or.evaluation.encoders import FrozenEncoder, load_encoder
+from hf_ssl_or.evaluation.encoder_loading import FrozenEncoder, load_encoder
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.models.image_conversion import Preprocessing
 

@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py --machine cpu [--quick] [--threads 2] [--dataset /data/cifar10]
 
 Features are real ones of width 512: responses of 128 patches of the training images, averaged over quadrants. Ours and
-scikit-learn's classifiers get the same standardised float32 features, and take turns. "one penalty" is a single fit;
-"protocol" is all of linear-lbfgs: nine penalties, each from the minimum before, judged on held-out images, and the
+scikit-learn's classifiers get the same standardized float32 features, and take turns. "one penalty" is a single fit;
+"protocol" is all of linear-lbfgs: nine penalties, each from the minimum before, evaluated on held-out images, and the
 last fit on all. The profile takes ResNet-18 with the small stem at 32 pixels; times of an image are measured on a
 sample, and those of the votes at full size. Prints lines and writes benchmarks/results/<machine>/evaluation.json.
 """
@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
-from hf_ssl_or.evaluation.knn import knn_accuracy
-from hf_ssl_or.evaluation.linear_probe import LogisticProtocol
-from hf_ssl_or.evaluation.logistic import LogisticRegression
+from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
+from hf_ssl_or.evaluation.protocols.linear_probe import LogisticProtocol
+from hf_ssl_or.evaluation.protocols.logistic import LogisticRegression
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.randomness import keyed_generator, keyed_permutation
 
@@ -91,9 +91,9 @@ def linear(train: Split, test: Split, repeats: int, device: torch.device, protoc
     classes, seconds = int(y.max()) + 1, {"ours": [], "scikit_learn": []}
     there = x.to(device), y.to(device)
     if protocol:
-        judge = LogisticProtocol(name="linear-lbfgs")
+        evaluate = LogisticProtocol(name="linear-lbfgs")
         work = {
-            "ours": lambda: judge.fit(*there, classes, 0),
+            "ours": lambda: evaluate.fit(*there, classes, 0),
             "scikit_learn": lambda: scikit_protocol(x, y),
         }
     else:
@@ -121,7 +121,7 @@ def linear(train: Split, test: Split, repeats: int, device: torch.device, protoc
 
 
 def profile(arguments: DataArguments, sample: int, totals: int, votes: float, device: torch.device) -> dict[str, Any]:
-    """Shares of a whole kNN evaluation: decoding, transfer and normalisation, forward passes, votes."""
+    """Shares of a whole kNN evaluation: decoding, transfer and normalization, forward passes, votes."""
     arguments = DataArguments(
         dataset=arguments.dataset, fraction=sample / totals, cache="none", num_workers=torch.get_num_threads()
     )
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--machine", default="cpu", help="name of the folder under benchmarks/results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dataset", help="labelled images of 32 pixels (default: $HF_SSL_OR_DATA/cifar10, or shapes)")
+    parser.add_argument("--dataset", help="labeled images of 32 pixels (default: $HF_SSL_OR_DATA/cifar10, or shapes)")
     parser.add_argument("--quick", action="store_true", help='a tenth of the images, once, without "protocol"')
     parser.add_argument("--repeats", type=int, default=3, help="of a single fit and of the votes")
     parser.add_argument("--no-protocol", action="store_true", help='without "protocol", most of the time')

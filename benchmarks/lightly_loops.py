@@ -44,7 +44,7 @@ class Projections(nn.Module):
         self.encoder, self.projector, self.criterion, self.as_list = encoder, projector, loss, as_list
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Gives the loss."""
+        """Returns the loss."""
         z = [self.projector(self.encoder(view)) for view in views]
         return self.criterion(z) if self.as_list else self.criterion(*z)
 
@@ -53,20 +53,20 @@ class Projections(nn.Module):
 
 
 class WithPredictor(nn.Module):
-    """SimSiam, and NNCLR with its queue of neighbours."""
+    """SimSiam, and NNCLR with its queue of neighbors."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, loss: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector, self.predictor, self.criterion = encoder, projector, predictor, loss
-        self.neighbours: nn.Module | None = None
+        self.neighbors: nn.Module | None = None
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Gives the loss."""
+        """Returns the loss."""
         z = [self.projector(self.encoder(view)) for view in views]
         p = [self.predictor(x) for x in z]
         z = [x.detach() for x in z]
-        if self.neighbours is not None:
-            z = [self.neighbours(x, update=first) for x, first in zip(z, (True, False), strict=True)]
+        if self.neighbors is not None:
+            z = [self.neighbors(x, update=first) for x, first in zip(z, (True, False), strict=True)]
         return 0.5 * (self.criterion(z[0], p[1]) + self.criterion(z[1], p[0]))
 
     def after_step(self) -> None:
@@ -85,16 +85,16 @@ class WithTeacher(nn.Module):
         deactivate_requires_grad(self.teacher_projector)
 
     def student(self, view: Tensor) -> Tensor:
-        """Gives what is trained to match."""
+        """Returns what is trained to match."""
         return self.predictor(self.projector(self.encoder(view)))
 
     @torch.no_grad()
     def teacher(self, view: Tensor) -> Tensor:
-        """Gives what is to be matched."""
+        """Returns what is to be matched."""
         return self.teacher_projector(self.teacher_encoder(view))
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Gives the loss."""
+        """Returns the loss."""
         if self.kind == "moco_v2":
             return self.criterion(self.student(views[0]), self.teacher(views[1]))
         p, t = [self.student(view) for view in views], [self.teacher(view) for view in views]
@@ -116,7 +116,7 @@ class WithPrototypes(Projections):
         self.prototypes = heads.SwaVPrototypes(dim, prototypes, 1)
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Gives the loss."""
+        """Returns the loss."""
         self.prototypes.normalize()
         z = [nn.functional.normalize(self.projector(self.encoder(view)), dim=1) for view in views]
         return self.criterion([self.prototypes(x, 1) for x in z], [])
@@ -127,7 +127,7 @@ def build(name: str, encoder: nn.Module, features: int, hidden: int, dim: int) -
 
     Args:
         name: A key of `SAME`.
-        encoder: Gives (B, features).
+        encoder: Returns (B, features).
         features: Its width.
         hidden: Width of the projector's hidden layers.
         dim: Width of the projections.
@@ -155,7 +155,7 @@ def build(name: str, encoder: nn.Module, features: int, hidden: int, dim: int) -
     if name == "nnclr":
         predictor = heads.NNCLRPredictionHead(dim, settings["predictor_hidden"], dim)
         loop = WithPredictor(encoder, heads.NNCLRProjectionHead(*sizes), predictor, losses.NTXentLoss(0.2))
-        loop.neighbours = NNMemoryBankModule(size=(settings["queue_size"], dim))
+        loop.neighbors = NNMemoryBankModule(size=(settings["queue_size"], dim))
         return loop
     return _with_teacher(name, encoder, sizes)
 

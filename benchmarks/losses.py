@@ -106,7 +106,7 @@ def moco_v2(method: ModuleType, constant_VND: Tensor) -> Pair:
 
 @compared
 def nnclr(method: ModuleType, constant_VND: Tensor) -> Pair:
-    """Lightly's guide to NNCLR uses SimCLR's loss, with all other predictions and neighbours as negatives."""
+    """Lightly's guide to NNCLR uses SimCLR's loss, with all other predictions and neighbors as negatives."""
     loss = reference.NTXentLoss(0.1)
     return Pair(
         lambda z: method.nnclr_loss(z, constant_VND, 0.1)[0],
@@ -135,7 +135,7 @@ def simsiam(method: ModuleType, constant_VND: Tensor) -> Pair:
 
 @compared
 def dino(method: ModuleType, constant_VND: Tensor) -> Pair:
-    """Both move the centre."""
+    """Both move the center."""
     center_K = constant_VND.new_zeros(constant_VND.shape[-1])
     loss = reference.DINOLoss(output_dim=len(center_K), teacher_temp=0.4, student_temp=1.0).to(constant_VND.device)
 
@@ -202,7 +202,7 @@ def wmse(method: ModuleType, constant_VND: Tensor) -> Pair:
 
 
 def timed(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], float]:
-    """Gives a function that returns the seconds of one forward and backward, the device's queue included."""
+    """Returns a function that returns the seconds of one forward and backward, the device's queue included."""
 
     def work() -> None:
         loss(*inputs).backward()
@@ -217,7 +217,7 @@ def timed(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[
 
 
 def peak_mebibytes(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
-    """Gives the most that torch has allocated at once during one forward and backward, inputs excluded."""
+    """Returns the most that torch has allocated at once during one forward and backward, inputs excluded."""
     for leaf in inputs:
         leaf.grad = None
     if inputs[0].is_cuda:
@@ -236,7 +236,7 @@ def peak_mebibytes(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> f
 
 
 def differences(pair: Pair, z_VND: Tensor, views: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Gives the relative differences of the two losses and of their gradients, for the same random numbers."""
+    """Returns the relative differences of the two losses and of their gradients, for the same random numbers."""
     torch.manual_seed(0)
     ours = pair.ours(z_VND)
     torch.manual_seed(0)

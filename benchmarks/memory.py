@@ -7,8 +7,8 @@ The peak of what torch allocates in one forward and backward pass of VICReg, bey
 
     plain        every activation is kept
     blocks       training.gradient_checkpointing: those inside a block are computed twice
-    parts        training.gradient_accumulation_steps = V: V parts, each computed twice. With a ResNet's batch
-                 normalisation over the whole batch that is "blocks", so it is measured for a ViT alone
+    parts        training.forward_chunks = V: V parts, each computed twice. With a ResNet's batch
+                 normalization over the whole batch that is "blocks", so it is measured for a ViT alone
     views        the same for a ResNet with training.batch_norm: per_view, whose parts are whole views; stands in the
                  column "parts"
 
@@ -62,7 +62,7 @@ def build(encoder: str, views: int, images: int, size: int, way: str) -> SSLMeth
     )
     method = build_method(recipe).train()
     use_global_batch_norm(method, images if "view" in way else None)
-    method.prepare_accumulation(views if way in ("parts", "views") else 1, recompute_blocks=way == "blocks")
+    method.prepare_chunks(views if way in ("parts", "views") else 1, recompute_blocks=way == "blocks")
     return method
 
 
@@ -74,7 +74,7 @@ def draw(views: int, images: int, size: int, device: torch.device, dtype: torch.
 
 
 def peak_mebibytes(method: SSLMethod, batch: MultiViewBatch) -> float:
-    """Gives the most that torch has allocated at once during a step whose gradients are there already."""
+    """Returns the most that torch has allocated at once during a step whose gradients are there already."""
     method(batch).loss.backward()
     if batch.views_VBCHW.is_cuda:
         torch.cuda.synchronize()
@@ -100,7 +100,7 @@ def gradients(encoder: str, views: int, way: str) -> dict[str, Tensor]:
 
 
 def gradient_difference(encoder: str, views: int, way: str) -> float:
-    """Gives the largest relative difference of a parameter's gradient from that of the whole batch kept in memory."""
+    """Returns the largest relative difference of a gradient from that of the whole batch kept in memory."""
     want = gradients(encoder, views, "plain per view" if way == "views" else "plain")
     got = gradients(encoder, views, way)
     largest = max(gradient.norm() for gradient in want.values())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from common import SLIM
 
-from hf_ssl_or import Trainer, TrainingArguments, create_encoder
+from hf_ssl_or import SSLTrainer, SSLTrainingArguments, create_encoder
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
@@ -52,7 +52,7 @@ def build_trainer(
     settings: dict[str, Any] | None = None,
     spec: ViewSpec | None = None,
     **arguments: Any,
-) -> Trainer:
+) -> SSLTrainer:
     """Builds a trainer as a recipe would.
 
     Args:
@@ -64,8 +64,8 @@ def build_trainer(
         penalty: Penalty on the weights, at the weight that the paper has for SO.
         device: The CPU unless it is a GPU.
         settings: Settings of the method; those it does not have are left out.
-        spec: How views are drawn.
-        arguments: More of `TrainingArguments`.
+        spec: How views are sampled.
+        arguments: More of `SSLTrainingArguments`.
     """
     kind = get_method(method)
     known = {field.name for field in dataclasses.fields(kind.config_class)}
@@ -78,9 +78,9 @@ def build_trainer(
         "max_steps": 1_000_000,
         "monitor_every": 0,
     }
-    return Trainer(
+    return SSLTrainer(
         kind(net, config, num_views=views, batch_size=batch),
-        TrainingArguments(
+        SSLTrainingArguments(
             batch_size=batch,
             device="auto" if device is not None and device.type == "cuda" else "cpu",
             **{**defaults, **arguments},
@@ -92,7 +92,7 @@ def build_trainer(
     )
 
 
-def stepper(trainer: Trainer) -> Callable[[], object]:
-    """Gives a function that takes one step on views that are there already."""
+def stepper(trainer: SSLTrainer) -> Callable[[], object]:
+    """Returns a function that takes one step on views that are there already."""
     batch = next(trainer.loader.batches(0, 1))
     return lambda: trainer.training_step(batch)

@@ -21,8 +21,8 @@ from transformers import AutoModel
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.export import TARGETS, export
-from hf_ssl_or.hub.parity import compare
-from hf_ssl_or.hub.portable import Lines, read_portable
+from hf_ssl_or.hub.export.model import Lines, read_portable
+from hf_ssl_or.hub.export.parity import compare
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor

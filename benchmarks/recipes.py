@@ -8,7 +8,7 @@ Both have the same method, encoder (timm's), widths, batch, precision and optimi
 
 - a step on views that are there: `Trainer.training_step` against its method's module in a plain loop. VICReg, SimCLR
   and SimSiam have equal losses on equal projections, its BYOL half of ours; its Barlow Twins divides by unbiased
-  deviations. Its SimCLR normalises projections by batch, and its MoCo runs the teacher on the queries' images too.
+  deviations. Its SimCLR normalizes projections by batch, and its MoCo runs the teacher on the queries' images too.
 - an epoch with its views: the time from its `on_train_epoch_start` to its `on_train_epoch_end` within one long fit,
   so neither its set-up nor the start of its workers counts, waiting for an epoch's first batch does. Its views are
   drawn "in workers", image by image by `--workers` processes that live on, or "batched", by its `gpu_transform`

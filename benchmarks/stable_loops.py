@@ -57,7 +57,7 @@ def build(name: str, encoder: nn.Module, hidden: int, dim: int) -> spt.Module:
 
     Args:
         name: A key of `SAME`.
-        encoder: Gives (B, F).
+        encoder: Returns (B, F).
         hidden: Width of the projector's hidden layers; SimSiam has that of the projections.
         dim: Width of the projections.
     """
@@ -85,7 +85,7 @@ def build(name: str, encoder: nn.Module, hidden: int, dim: int) -> spt.Module:
 
 
 def loss_of(module: spt.Module, views: list[Tensor]) -> Tensor:
-    """Gives the loss of a method's own forward, whatever stands in its place for a fit."""
+    """Returns the loss of a method's own forward, whatever stands in its place for a fit."""
     forward = partial(type(module).forward, module)
     output = forward(global_views=views) if isinstance(module, methods.DINO) else forward(*views)
     return output.loss
@@ -104,7 +104,7 @@ class GivenViews(nn.Module):
         self.teachers = [part for part in module.modules() if isinstance(part, spt.TeacherStudentWrapper)]
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Gives the loss."""
+        """Returns the loss."""
         return loss_of(self.module, views)
 
     def after_step(self) -> None:
@@ -121,7 +121,7 @@ def view_loader(
     Args:
         pixels: Images (n, H, W, 3), uint8; each is a PIL image of its dataset.
         side: Of the views.
-        spec: How they are drawn.
+        spec: How they are sampled.
         batch: Images per step.
         workers: Processes, which live on between epochs.
         batched: Draws the views of a batch on the device, in place of one by one in the workers.

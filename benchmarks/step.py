@@ -157,7 +157,7 @@ def read_arguments(doc: str, methods: Sequence[str], *, seconds: float) -> argpa
 
 
 def step_cases(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
-    """Gives (method, encoder, hidden width, projector) of the steps to compare."""
+    """Returns (method, encoder, hidden width, projector) of the steps to compare."""
     wide = [name for name in ("barlow_twins", "vicreg") if name in args.methods]
     return [
         *((name, "slim", args.dim, args.dim) for name in args.methods),

@@ -72,7 +72,7 @@ def plan(index_B: np.ndarray, side: int) -> ViewPlan:
 
 
 def decoding(pictures: list[bytes], images: StreamingImageSet) -> float:
-    """Gives images per core-second."""
+    """Returns images per core-second."""
     source, start = Pictures(pictures), time.process_time()
     for i in range(len(pictures)):
         crops = crop_file(i, source, images.job, plan(np.array([i]), images.image_size))
@@ -81,7 +81,7 @@ def decoding(pictures: list[bytes], images: StreamingImageSet) -> float:
 
 
 def reading(images: StreamingImageSet, window: int) -> float:
-    """Gives MB per core-second of blocks that are opened and not decoded."""
+    """Returns MB per core-second of blocks that are opened and not decoded."""
     firsts = images.shards.first_K
     buffer = BlockBuffer(images.shards, (np.array([first]) for first in firsts), 2 * window)
     start = time.process_time()
@@ -94,7 +94,7 @@ def reading(images: StreamingImageSet, window: int) -> float:
 
 
 def streaming(images: StreamingImageSet, batch_size: int) -> tuple[float, int]:
-    """Gives images per core-second of an epoch, reading and decoding, and by how many bytes the process grew."""
+    """Returns images per core-second of an epoch, reading and decoding, and by how many bytes the process grew."""
     order, before, most, count = images.order(batch_size, 0), resident(), 0, 0
     start = time.process_time()
     steps = (order.indices(step, 0, batch_size) for step in range(order.steps_per_epoch))

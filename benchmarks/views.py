@@ -2,7 +2,7 @@
 
     python benchmarks/views.py --machine cpu --threads 2 [--quick] [--sizes 32 96]
 
-All three draw crop, flip, colour jitter and grayscale from the same settings. The three take turns, so that a busy
+All three draw crop, flip, color jitter and grayscale from the same settings. The three take turns, so that a busy
 machine slows them alike; the figures are the medians over the rounds, and "faster" the median of the rounds' ratios.
 Target: at least 3 times kornia. Writes benchmarks/results/<machine>/views.json.
 """
@@ -81,7 +81,7 @@ def with_torchvision(images: Tensor, spec: ViewSpec, views: int) -> Callable[[in
 
 
 def measure(images: Tensor, views: int, budget: float) -> list[Row]:
-    """Gives views per second of each, and how many times as fast ours is."""
+    """Returns views per second of each, and how many times as fast ours is."""
     makers = {
         "ours": ours,
         "kornia": with_kornia,

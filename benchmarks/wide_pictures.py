@@ -6,7 +6,7 @@ Every training picture is a canvas of 64 x 192 pixels, filled with a texture of 
 (64 x 64) is pasted off center: its middle lies in the left or in the right third, so that the central square shows
 half of it or none. One arm pretrains on crops of the whole pictures, the other on crops of their central squares (what
 a center crop before the random crop leaves); the same recipe, the same number of views, the same initial weights. kNN
-on the photos themselves, labelled train and test split, then says what the encoder has learned of photos.
+on the photos themselves, labeled train and test split, then says what the encoder has learned of photos.
 
 Figures are mean and standard deviation over the seeds, which decide weights, order, augmentation, and which texture
 and place a photo gets. Pictures and runs are kept in `--runs`, and continued if the script is started again. Writes
@@ -26,7 +26,7 @@ import numpy as np
 from common import Row, Table, parser, write
 from PIL import Image
 
-from hf_ssl_or.hub.facts import read_facts
+from hf_ssl_or.hub.run_record import read_facts
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "cifar10" / "barlow_twins" / "resnet18-slim.yaml"

@@ -53,7 +53,7 @@ def build_detector(options: argparse.Namespace, num_classes: int) -> FasterRCNN:
 
 
 def read(row: dict, device: torch.device, flip: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives an image (3, H, W) in [0, 1] and its boxes as corners (n, 4) with labels from 1."""
+    """Returns an image (3, H, W) in [0, 1] and its boxes as corners (n, 4) with labels from 1."""
     image = pil_to_tensor(row["image"].convert("RGB")).float() / 255
     boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -83,8 +83,8 @@ def train(detector: FasterRCNN, rows: list[dict], options: argparse.Namespace, d
 
 
 @torch.no_grad()
-def judge(detector: FasterRCNN, rows: list[dict], device: torch.device) -> dict[str, float]:
-    """Gives the mean average precision (IoU 0.50 to 0.95, and at 0.50), in percent."""
+def evaluate(detector: FasterRCNN, rows: list[dict], device: torch.device) -> dict[str, float]:
+    """Returns the mean average precision (IoU 0.50 to 0.95, and at 0.50), in percent."""
     metric = MeanAveragePrecision()
     detector.eval()
     for row in rows:
@@ -95,7 +95,7 @@ def judge(detector: FasterRCNN, rows: list[dict], device: torch.device) -> dict[
 
 
 def main() -> None:
-    """Trains, judges, prints JSON."""
+    """Trains, evaluates, prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoder")
     parser.add_argument("dataset")
@@ -112,7 +112,7 @@ def main() -> None:
     num_classes = len(splits["train"].features["objects"]["category"].feature.names)
     detector = build_detector(options, num_classes).to(device)
     train(detector, rows["train"], options, device)
-    print(json.dumps({**judge(detector, rows["test"], device), **vars(options)}))
+    print(json.dumps({**evaluate(detector, rows["test"], device), **vars(options)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tunes an encoder on labelled images, with datasets and transformers alone.
+"""Fine-tunes an encoder on labeled images, with datasets and transformers alone.
 
     python docs/fine_tune.py runs/quickstart/encoder ./my_images
     python docs/fine_tune.py ENCODER DATASET --output my_classifier --epochs 20

@@ -19,8 +19,8 @@ _HOMES = {
     "embedding": ("embed",),
     "methods": ("available_methods", "get_method"),
     "orthogonality": ("OrthogonalityCallback", "OrthogonalityRegularizer"),
-    "training.arguments": ("TrainingArguments",),
-    "training.trainer": ("Trainer",),
+    "training.arguments": ("SSLTrainingArguments",),
+    "training.trainer": ("SSLTrainer",),
     "recipe": ("Recipe", "load_recipe"),
     "run": ("pretrain",),
 }

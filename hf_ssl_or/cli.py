@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all verbs."""
     parser = _Parser(
         prog="hf-ssl-or",
-        description="Pretrain image encoders from unlabelled images without dimensional collapse.",
+        description="Pretrain image encoders from unlabeled images without dimensional collapse.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,7 +85,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate = _verb(
         verbs,
         "evaluate",
-        "judge encoders by kNN, linear probes and few labels, or choose a checkpoint without labels",
+        "evaluate encoders by kNN, linear probes and few labels, or choose a checkpoint without labels",
         "hf-ssl-or evaluate runs/a runs/b random:resnet18@32 --datasets cifar10,cifar100 --output transfer",
     )
     evaluate.add_argument(
@@ -95,7 +95,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         help="a run's folder, an encoder's folder, a Hub id, timm:NAME or random:NAME (untrained), NAME@64 for images "
         "of 64 pixels; data.* and evaluation.* settings may follow",
     )
-    evaluate.add_argument("--dataset", help="images to judge one encoder on (default: those of the run)")
+    evaluate.add_argument("--dataset", help="images to evaluate one encoder on (default: those of the run)")
     evaluate.add_argument("--datasets", help="comma-separated: a table of encoders by data sets, resumed after a kill")
     evaluate.add_argument("--protocols", help="comma-separated names, see hf-ssl-or list protocols")
     evaluate.add_argument("--select", metavar="MEASURE", help="choose a run's checkpoint by rankme, lidar, ...")
@@ -122,7 +122,7 @@ def _add_embed(verbs: argparse._SubParsersAction) -> None:
     embed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16 encodes under autocast")
     embed.add_argument("--num-workers", type=int, help="threads or processes that decode, as data.num_workers")
     embed.add_argument(
-        *("--neighbors", "--neighbours"), type=_count, default=0, metavar="K", help="add the K nearest of each image"
+        *("--neighbors", "--neighbors"), type=_count, default=0, metavar="K", help="add the K nearest of each image"
     )
     embed.add_argument(
         "--duplicates",
@@ -205,8 +205,8 @@ def _add_push(verbs: argparse._SubParsersAction) -> None:
     push.add_argument("--revision", help="branch to commit to (default: main); made if it is not there")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--message", help="first line of the commit")
-    push.add_argument("--license", help="the model's licence, as the Hub names it, say apache-2.0")
-    push.add_argument("--data-license", help="the licence of the training images, in any words")
+    push.add_argument("--license", help="the model's license, as the Hub names it, say apache-2.0")
+    push.add_argument("--data-license", help="the license of the training images, in any words")
     push.add_argument("--dry-run", action="store_true", help="check everything and list the files, but send nothing")
     push.add_argument("--resume", action="store_true", help="send what an earlier push could not, and nothing else")
 
@@ -226,8 +226,8 @@ def _add_card(verbs: argparse._SubParsersAction) -> None:
     card.add_argument(
         "--output", type=Path, help="a .md file, or a folder for the card and what it was made from (default: print)"
     )
-    card.add_argument("--license", help="the model's licence, as the Hub names it, say apache-2.0")
-    card.add_argument("--data-license", help="the licence of the training images, in any words")
+    card.add_argument("--license", help="the model's license, as the Hub names it, say apache-2.0")
+    card.add_argument("--data-license", help="the license of the training images, in any words")
     card.add_argument("--table", action="store_true", help="a Markdown table that compares the runs, for a README")
 
 
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (InputError, NonFiniteLossError, OSError) as error:
-        from hf_ssl_or.hub.secrecy import mask
+        from hf_ssl_or.hub.redaction import mask
 
         if show_traceback:
             print(mask(traceback.format_exc()), file=sys.stderr)
@@ -301,13 +301,13 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from hf_ssl_or.run import pretrain, recipe_and_folder
     from hf_ssl_or.show import print_results
-    from hf_ssl_or.training.interruption import TrainingInterrupted, losing_others
+    from hf_ssl_or.training.signals import TrainingInterrupted, peer_failure
 
     recipe, folder = recipe_and_folder(
         arguments.recipe, arguments.overrides, output=arguments.output, resume=arguments.resume
     )
     try:
-        with losing_others():
+        with peer_failure():
             results = pretrain(recipe, folder, resume=arguments.resume)
     except OSError as error:
         error.filename = error.filename or str(folder)  # a full disk names no file
@@ -389,13 +389,13 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.preview import draw_preview
+    from hf_ssl_or.preview import plot_preview
     from hf_ssl_or.recipe import load_recipe
     from hf_ssl_or.run import load_training_images, view_specs
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     images, seed = load_training_images(recipe), recipe.training.seed
-    draw_preview(images, view_specs(recipe), arguments.output, seed=seed, images=arguments.images)
+    plot_preview(images, view_specs(recipe), arguments.output, seed=seed, images=arguments.images)
     print(f"wrote {arguments.output}")
     return 0
 

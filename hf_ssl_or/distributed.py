@@ -1,4 +1,4 @@
-"""Sums, gathers and batch normalisation over the global batch, with the gradient that data parallelism needs.
+"""Sums, gathers and batch normalization over the global batch, with the gradient that data parallelism needs.
 
 The one rule: every process computes the same loss of the global batch, and DDP averages gradients over W processes. A
 process's own rows carry dL/d(rows), and the sum over processes is the true gradient, so what flows back into the rows
@@ -86,7 +86,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+def gather_full_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Gathers several tensors, with gradient; those of one shape travel in one message."""
     of_shape: dict[torch.Size, list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -108,13 +108,13 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """Gives this process's part of a sharded tensor; changes to it are changes of the tensor. For use without grad."""
+    """Returns this process's part of a sharded tensor; changes to it change the tensor. Not for autograd."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
-def lengths(tensors: Sequence[Tensor]) -> Tensor:
-    """Gives the Euclidean length of each of P tensors, all of them sharded or none: (P,)."""
+def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean length of each of P tensors, all of them sharded or none: (P,)."""
     length_P = torch.stack(torch._foreach_norm([local_part(tensor) for tensor in tensors]))
     if not isinstance(tensors[0], DTensor):
         return length_P
@@ -124,11 +124,11 @@ def lengths(tensors: Sequence[Tensor]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batch normalisation over the global batch
+# Batch normalization over the global batch
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation whose statistics are those of all processes' images, on any device.
+    """Batch normalization whose statistics are those of all processes' images, on any device.
 
     `torch.nn.SyncBatchNorm` refuses CPU tensors; this is the same mathematics on gloo and NCCL, so that what is tested
     on two CPU processes is what runs on GPUs. Input is (V*B, C, ...); with `images_per_view` = B each view has
@@ -146,7 +146,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (batch, channels, ...), got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (V*B, C, ...)."""
+        """Normalizes (V*B, C, ...)."""
         if not self.training or self._torch_will_do(input):
             return super().forward(input)
         self._check_input_dim(input)
@@ -172,12 +172,12 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _momentum(self) -> float:
         if self.momentum is None:
-            raise ValueError("batch normalisation with a cumulative average (momentum=None) is not supported")
+            raise ValueError("batch normalization with a cumulative average (momentum=None) is not supported")
         return self.momentum
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalises (V*B, C, ...) by the mean and variance of each (view, channel) over all processes.
+    """Normalizes (V*B, C, ...) by the mean and variance of each (view, channel) over all processes.
 
     Sums run over each image first, and over images and processes in float64. So the statistics do not depend on how
     images are spread over processes, not even in the last bit (but for rare ties): a ReLU behind them switches alike.
@@ -190,39 +190,39 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x_VBCS = _split(x, views)
         count = x_VBCS.shape[1] * x_VBCS.shape[3] * world_size()
         mean_VC = (_sum_images(x_VBCS.sum(3)) / count).to(x_VBCS.dtype)
-        centred = x_VBCS - mean_VC[:, None, :, None]
-        var_VC = _sum_images(centred.square().sum(3)) / count
+        centerd = x_VBCS - mean_VC[:, None, :, None]
+        var_VC = _sum_images(centerd.square().sum(3)) / count
         inverse_std_VC = (var_VC + eps).rsqrt().to(x_VBCS.dtype)
-        ctx.save_for_backward(centred, inverse_std_VC, weight)
+        ctx.save_for_backward(centerd, inverse_std_VC, weight)
         ctx.views, ctx.count, ctx.has_bias, ctx.dtype = views, count, bias is not None, x.dtype
         scale_VC = inverse_std_VC if weight is None else inverse_std_VC * weight
-        out = torch.empty_like(x, dtype=centred.dtype)  # no view of another tensor: a ReLU may work on it in place
+        out = torch.empty_like(x, dtype=centerd.dtype)  # no view of another tensor: a ReLU may work on it in place
         if bias is None:
-            torch.mul(centred, scale_VC[:, None, :, None], out=_split(out, views))
+            torch.mul(centerd, scale_VC[:, None, :, None], out=_split(out, views))
         else:
-            torch.addcmul(bias[:, None], centred, scale_VC[:, None, :, None], out=_split(out, views))
+            torch.addcmul(bias[:, None], centerd, scale_VC[:, None, :, None], out=_split(out, views))
         ctx.mark_non_differentiable(mean_VC, var_VC)
         return out.to(x.dtype), mean_VC, var_VC, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        centred, inverse_std_VC, weight = ctx.saved_tensors
+        centerd, inverse_std_VC, weight = ctx.saved_tensors
         grad_VBCS = _split(grad, ctx.views)
-        product = grad_VBCS * centred
+        product = grad_VBCS * centerd
         own_2VC = torch.stack([grad_VBCS.sum(3), product.sum(3)]).double().sum(2)
         total_2VC = own_2VC if world_size() == 1 else own_2VC.clone()
         if world_size() > 1:
             dist.all_reduce(total_2VC)
         scale_VC = inverse_std_VC if weight is None else inverse_std_VC * weight
-        shift_VC, slope_VC = (-scale_VC * total_2VC / ctx.count).to(centred.dtype)
+        shift_VC, slope_VC = (-scale_VC * total_2VC / ctx.count).to(centerd.dtype)
         slope_VC = slope_VC * inverse_std_VC.square()
-        dx = torch.addcmul(shift_VC[:, None, :, None], centred, slope_VC[:, None, :, None], out=product)
+        dx = torch.addcmul(shift_VC[:, None, :, None], centerd, slope_VC[:, None, :, None], out=product)
         dx = dx.addcmul_(grad_VBCS, scale_VC[:, None, :, None]).reshape(grad.shape).to(ctx.dtype)
         grad_bias, grad_weight = own_2VC[0].sum(0), (own_2VC[1] * inverse_std_VC).sum(0)  # DDP averages them
         return (
             dx,
             None if weight is None else grad_weight.to(weight.dtype),
-            grad_bias.to(centred.dtype) if ctx.has_bias else None,
+            grad_bias.to(centerd.dtype) if ctx.has_bias else None,
             None,
             None,
         )

@@ -33,7 +33,7 @@ from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.curation import Curation, Findings, curate
 from hf_ssl_or.evaluation.embeddings import Embeddings
-from hf_ssl_or.evaluation.encoders import FrozenEncoder, Processing, load_encoder
+from hf_ssl_or.evaluation.encoder_loading import FrozenEncoder, Processing, load_encoder
 from hf_ssl_or.evaluation.feature_file import (
     FORMATS,
     Parts,
@@ -48,12 +48,12 @@ from hf_ssl_or.evaluation.feature_file import (
     write_features,
 )
 from hf_ssl_or.evaluation.features import evaluating
-from hf_ssl_or.evaluation.labelled import find_dataset
-from hf_ssl_or.evaluation.neighbours import as_rgb
+from hf_ssl_or.evaluation.labeled import find_dataset
+from hf_ssl_or.evaluation.neighbors import as_rgb
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import preprocessing_of
 from hf_ssl_or.recipe import recipe_from_dict
-from hf_ssl_or.report.contact_sheet import SIDE, draw_findings
+from hf_ssl_or.report.contact_sheet import SIDE, plot_findings
 from hf_ssl_or.training.lock import RunLock
 
 _PART = 1024  # images after which what is done is written
@@ -378,7 +378,7 @@ class _Work:
         del parts
         findings = curate(self._on_device(torch.from_numpy(features_NF)), self.curation)
         if sheet is not None:
-            draw_findings(findings, files, functools.partial(self._thumbnails, rows_N), sheet)
+            plot_findings(findings, files, functools.partial(self._thumbnails, rows_N), sheet)
         return findings, _columns(findings, rows_N)
 
     def _on_device(self, features_NF: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def refuse_launcher_settings(*, device: str, mixed_precision: str = "no", accumu
     """
     steps = {"1", str(accumulation_steps)}
     recipe: dict[str, tuple[str, set[str]]] = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("training.gradient_accumulation_steps", steps),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("training.forward_chunks", steps),
         "ACCELERATE_MIXED_PRECISION": ("training.mixed_precision", {mixed_precision}),
         "ACCELERATE_DOWNCAST_BF16": ("training.mixed_precision", set()),
         "ACCELERATE_DYNAMO_BACKEND": ("training.compile", set()),

@@ -10,7 +10,7 @@ from hf_ssl_or.errors import InputError
 
 
 def names_and_notes(what: str, pattern: str = "*") -> list[tuple[str, str]]:
-    """Gives (name, one-line note) of all methods, encoders, protocols or recipes whose name matches `pattern`."""
+    """Returns (name, one-line note) of all methods, encoders, protocols or recipes whose name matches `pattern`."""
     rows = {"methods": _methods, "encoders": _encoders, "protocols": _protocols, "recipes": _recipes}[what]()
     return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
 
@@ -29,7 +29,7 @@ def _encoders() -> list[tuple[str, str]]:
 
 
 def _protocols() -> list[tuple[str, str]]:
-    from hf_ssl_or.evaluation.protocols import available_protocols, get_protocol
+    from hf_ssl_or.evaluation.evaluator import available_protocols, get_protocol
 
     return [(name, f"hash {get_protocol(name).hash}") for name in available_protocols()]
 

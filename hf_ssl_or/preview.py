@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.neighbours import as_rgb
+from hf_ssl_or.evaluation.neighbors import as_rgb
 from hf_ssl_or.structures import ViewSpec
 
 TILE = 96  # pixels of a tile's side: small images are enlarged so that a person can see them
 GAP = 4
 
 
-def draw_preview(data: ImageSet, groups: Sequence[list[ViewSpec]], path: Path, *, seed: int, images: int = 8) -> None:
+def plot_preview(data: ImageSet, groups: Sequence[list[ViewSpec]], path: Path, *, seed: int, images: int = 8) -> None:
     """Writes a PNG of the views of some images, drawn with the run's own keys for epoch 0.
 
     Args:

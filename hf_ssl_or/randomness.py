@@ -23,17 +23,17 @@ def hashed_seed(*key: int | str) -> int:
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Gives a fresh torch generator that depends on the key alone."""
+    """Returns a fresh torch generator that depends on the key alone."""
     return torch.Generator(device=device).manual_seed(hashed_seed(*key))
 
 
 def keyed_permutation(n: int, *key: int | str) -> np.ndarray:
-    """Gives a permutation of range(n) (int64) that depends on the key alone."""
+    """Returns a permutation of range(n) (int64) that depends on the key alone."""
     return np.random.Generator(np.random.Philox(hashed_seed(*key))).permutation(n)
 
 
 def keyed_uniform(counter: np.ndarray, slots: int, *key: int | str) -> np.ndarray:
-    """Gives `slots` uniform numbers in [0, 1) for every counter, a function of (key, counter, slot) alone.
+    """Returns `slots` uniform numbers in [0, 1) for every counter, a function of (key, counter, slot) alone.
 
     Args:
         counter: Integers of any shape, say image indices.
@@ -50,14 +50,14 @@ def keyed_uniform(counter: np.ndarray, slots: int, *key: int | str) -> np.ndarra
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser: every input bit reaches every output bit."""
+    """The splitmix64 finalizer: every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
     return x ^ (x >> np.uint64(31))
 
 
 def keyed_orders(index_B: torch.Tensor, views: int, slots: int, *key: int | str) -> torch.Tensor:
-    """Gives each view of each image an order of `slots` things, a function of (key, image, view), on the device.
+    """Returns each view of each image an order of `slots` things, a function of (key, image, view), on the device.
 
     Sorts the bits behind the numbers that `keyed_uniform` gives to the images; nothing is read back to the host.
 

@@ -24,13 +24,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError, unknown
-from hf_ssl_or.evaluation.protocols import EvaluationArguments
+from hf_ssl_or.evaluation.evaluator import EvaluationArguments
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.whitening import WhiteningConfig
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
-from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training.arguments import SSLTrainingArguments
 
 
 @settings
@@ -59,7 +59,7 @@ class EncoderArguments:
 
 @dataclass(kw_only=True)
 class ViewArguments:
-    """How many views each image gives, and how they are drawn.
+    """How many views each image gives, and how they are sampled.
 
     Attributes:
         count: Number of views.
@@ -86,7 +86,7 @@ class Recipe:
 
     Attributes:
         data: Images to train on.
-        evaluation_data: Labelled images to judge the encoder on; None takes the splits of `data`.
+        evaluation_data: Labeled images to evaluate the encoder on; None takes the splits of `data`.
         encoder: The encoder.
         method_name: Name of the method.
         method: Settings of the method, of its own strict type.
@@ -94,7 +94,7 @@ class Recipe:
         views: The views.
         orthogonality: The penalty on the encoder's weights.
         training: The loop.
-        evaluation: The protocols that judge the result.
+        evaluation: The protocols that evaluate the result.
     """
 
     data: DataArguments
@@ -105,17 +105,17 @@ class Recipe:
     feature_whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     views: ViewArguments = field(default_factory=ViewArguments)
     orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)
-    training: TrainingArguments = field(default_factory=TrainingArguments)
+    training: SSLTrainingArguments = field(default_factory=SSLTrainingArguments)
     evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the resolved recipe as plain data, as it would be written in YAML."""
+        """Returns the resolved recipe as plain data, as it would be written in YAML."""
         plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         plain["method"] = {"name": plain.pop("method_name"), **plain["method"]}
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """Gives the part that decides the weights: what only logs, saves, stores or judges is left out."""
+        """Returns the part that decides the weights: what only logs, saves, stores or evaluates is left out."""
         plain = self.to_dict()
         plain["data"]["original_resolution"] = self.data.cache == "none"  # views are cut from larger images then
         for section, keys in _NO_INFLUENCE.items():
@@ -124,7 +124,7 @@ class Recipe:
         return {key: plain[key] for key in _IDENTITY}
 
     def override(self, overrides: Sequence[str]) -> Recipe:
-        """Gives a recipe with dotted settings replaced, say "training.epochs=5"."""
+        """Returns a recipe with dotted settings replaced, say "training.epochs=5"."""
         tree = self.to_dict()
         for override in overrides:
             _apply(tree, override)
@@ -137,7 +137,7 @@ _NO_INFLUENCE = {
     "data": ("cache", "cache_dir", "num_workers"),
     "training": (
         *("log_every", "monitor_every", "monitor_images", "save_every", "save_steps", "keep_last", "keep_best"),
-        *("trackers", "gradient_accumulation_steps", "gradient_checkpointing", "sharding", "push", "push_to"),
+        *("trackers", "forward_chunks", "gradient_checkpointing", "sharding", "push", "push_to"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""From a recipe to a run's folder: train, save the encoder, judge it, write the results."""
+"""From a recipe to a run's folder: train, save the encoder, evaluate it, write the results."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.pixel_kind import default_bound
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
-from hf_ssl_or.evaluation.encoders import load_encoder
+from hf_ssl_or.evaluation.encoder_loading import load_encoder
+from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features, get_protocol
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
-from hf_ssl_or.evaluation.labelled import find_dataset, load_labelled
-from hf_ssl_or.evaluation.neighbours import write_samples
-from hf_ssl_or.evaluation.protocols import evaluate_encoder, get_protocol, judge_features
+from hf_ssl_or.evaluation.labeled import find_dataset, load_labeled
+from hf_ssl_or.evaluation.neighbors import write_samples
 from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
 from hf_ssl_or.hub.background import push_finished, pushing_checkpoints
 from hf_ssl_or.hub.push import check_destination
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
-from hf_ssl_or.hub.weights import weights_sha256
+from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
-from hf_ssl_or.preview import draw_preview
+from hf_ssl_or.preview import plot_preview
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
 from hf_ssl_or.show import print_start
 from hf_ssl_or.structures import ViewSpec
-from hf_ssl_or.training.selection import Choice, Sample, select_checkpoint, write_choice
-from hf_ssl_or.training.trainer import Trainer, build_accelerator
+from hf_ssl_or.training.checkpoint_choice import Choice, Sample, select_checkpoint, write_choice
+from hf_ssl_or.training.trainer import SSLTrainer, build_accelerator
 
-_ALL, _UNLABELLED = 100_000, 4096  # without labels, collapse is measured on all images, or on so many of a large set
+_ALL, _UNLABELED = 100_000, 4096  # without labels, collapse is measured on all images, or on so many of a large set
 PACKAGES = ("hf-ssl-or", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
 
@@ -84,10 +84,10 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
             check_destination(recipe.training.push_to)
     with accelerator.local_main_process_first():  # which decodes the images for the others
         images = load_training_images(recipe)
-        labelled = _labelled_images(recipe, images)
-    bank, test = labelled or (None, None)
+        labeled = _labeled_images(recipe, images)
+    bank, test = labeled or (None, None)
     trainer = build_trainer(recipe, run_dir, images, bank=bank, test=test)
-    baselines = _baselines(recipe, trainer, labelled) if labelled and recipe.evaluation.baselines else {}
+    baselines = _baselines(recipe, trainer, labeled) if labeled and recipe.evaluation.baselines else {}
     weights_before = weight_report(trainer.encoder)
 
     def begin() -> None:
@@ -110,7 +110,7 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
             "images": len(images),
             "preprocessing": images.preprocessing.to_dict(),
         },
-        **_judge(recipe, trainer, labelled),
+        **_evaluate(recipe, trainer, labeled),
         "weights": weight_report(trainer.encoder),
         "weights_before": weights_before,
         "baselines": baselines,
@@ -142,10 +142,10 @@ def build_trainer(
     *,
     bank: ImageSet | None = None,
     test: ImageSet | None = None,
-) -> Trainer:
+) -> SSLTrainer:
     """Builds encoder, method and trainer of a recipe; the initial weights depend on the seed alone."""
     views, local_views = view_specs(recipe)
-    return Trainer(
+    return SSLTrainer(
         build_method(recipe),
         recipe.training,
         images,
@@ -203,7 +203,7 @@ def view_specs(recipe: Recipe) -> tuple[list[ViewSpec], list[ViewSpec]]:
     return views, [local[i % len(local)] for i in range(recipe.views.local_count)]
 
 
-def save_encoder(recipe: Recipe, trainer: Trainer, images: ImageSet, folder: Path) -> None:
+def save_encoder(recipe: Recipe, trainer: SSLTrainer, images: ImageSet, folder: Path) -> None:
     """Writes the folder that `from_pretrained` loads: weights, configuration with provenance, image processor."""
     _write_encoder(recipe, trainer.method.encoder, images, folder, steps=trainer.total_steps)
 
@@ -234,19 +234,19 @@ def evaluate(
     protocols: list[str] | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Judges one encoder.
+    """Evaluates one encoder.
 
     Args:
         encoder: A run's folder, or any name that `evaluation.encoders` knows.
         overrides: `data.*` and `evaluation.*` settings.
-        dataset: Images to judge on; None takes those of the run.
+        dataset: Images to evaluate on; None takes those of the run.
         protocols: Names of protocols; None takes those of the run.
         output: Where to write the results.
     """
     run_recipe = Path(encoder) / "recipe.yaml"
     is_run = run_recipe.exists()
     if not is_run and dataset is None:
-        raise InputError(f"{encoder}: is no run's folder, so say which images to judge on with --dataset")
+        raise InputError(f"{encoder}: is no run's folder, so say which images to evaluate on with --dataset")
     frozen = load_encoder(encoder)
     tree: dict[str, Any] = load_recipe(run_recipe).to_dict() if is_run else {"data": {"image_size": frozen.image_size}}
     if dataset is not None:
@@ -254,12 +254,12 @@ def evaluate(
         tree["evaluation_data"] = None
     recipe = recipe_from_dict(tree, encoder).override([*overrides, *_chosen(protocols)])
     data, like = frozen.prepare(recipe.evaluation_data or recipe.data)
-    labelled = load_labelled(data, num_channels=frozen.processing.num_channels, like=like)
-    assert labelled is not None
+    labeled = load_labeled(data, num_channels=frozen.processing.num_channels, like=like)
+    assert labeled is not None
     device = _device()
-    judged = evaluate_encoder(frozen.model.to(device), *labelled, recipe.evaluation, device=device)
+    evaluated = evaluate_encoder(frozen.model.to(device), *labeled, recipe.evaluation, device=device)
     name = Path(encoder).name if Path(encoder).exists() else encoder
-    results = {"encoder": name, **judged, "environment": environment(device, 1)}
+    results = {"encoder": name, **evaluated, "environment": environment(device, 1)}
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -274,7 +274,7 @@ def transfer(
     output: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Judges encoders on data sets, see `evaluation.transfer`; the same call goes on where a killed one was.
+    """Evaluates encoders on data sets, see `evaluation.transfer`; the same call continues where a killed one was.
 
     Args:
         encoders: Names as for `evaluate`.
@@ -316,7 +316,7 @@ def select(run_dir: Path, measure: str, *, output: Path | None = None) -> Choice
     images = functools.cache(lambda: load_training_images(recipe))
 
     def sample() -> Sample:
-        bank, test = (measure == "knn" and _labelled_images(recipe, images())) or (None, None)
+        bank, test = (measure == "knn" and _labeled_images(recipe, images())) or (None, None)
         return Sample(
             images=images(),
             bank=bank,
@@ -343,7 +343,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _pushing(recipe: Recipe, trainer: Trainer, images: ImageSet, run_dir: Path) -> AbstractContextManager[None]:
+def _pushing(recipe: Recipe, trainer: SSLTrainer, images: ImageSet, run_dir: Path) -> AbstractContextManager[None]:
     """Pushes checkpoints while it is entered, where the recipe asks for that."""
     if recipe.training.push != "every":
         return nullcontext()
@@ -351,12 +351,12 @@ def _pushing(recipe: Recipe, trainer: Trainer, images: ImageSet, run_dir: Path) 
     return pushing_checkpoints(run_dir, repo_id, functools.partial(save_encoder, recipe, trainer, images))
 
 
-def _write_report_material(recipe: Recipe, trainer: Trainer, judged: ImageSet, run_dir: Path) -> None:
-    """Writes what `hf-ssl-or report` draws and numbers do not hold: views, features and nearest neighbours."""
-    write_samples(trainer.encoder, judged, run_dir, device=trainer.device)
+def _write_report_material(recipe: Recipe, trainer: SSLTrainer, evaluated: ImageSet, run_dir: Path) -> None:
+    """Writes what `hf-ssl-or report` draws and numbers do not hold: views, features and nearest neighbors."""
+    write_samples(trainer.encoder, evaluated, run_dir, device=trainer.device)
     if trainer.accelerator.is_main_process:
         (run_dir / "figures").mkdir(exist_ok=True)
-        draw_preview(trainer.images, view_specs(recipe), run_dir / "figures" / "views.png", seed=recipe.training.seed)
+        plot_preview(trainer.images, view_specs(recipe), run_dir / "figures" / "views.png", seed=recipe.training.seed)
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -383,36 +383,38 @@ def _claim(run_dir: Path, resume: bool) -> None:
         raise InputError(f"{run_dir}: cannot be made ({error.strerror}); give another --output") from error
 
 
-def _labelled_images(recipe: Recipe, images: ImageSet) -> tuple[ImageSet, ImageSet] | None:
-    """Loads the labelled training and test images that judge the encoder, or None where there are none."""
+def _labeled_images(recipe: Recipe, images: ImageSet) -> tuple[ImageSet, ImageSet] | None:
+    """Loads the labeled training and test images that evaluate the encoder, or None where there are none."""
     data = recipe.evaluation_data or recipe.data
     own = recipe.evaluation_data is None and recipe.data.fraction == 1 and not recipe.data.streaming
-    return load_labelled(
+    return load_labeled(
         data, like=images.preprocessing, train=images if own else None, required=recipe.evaluation_data is not None
     )
 
 
-def _judge(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
-    """Gives `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
-    if labelled is not None:
-        return evaluate_encoder(trainer.encoder, *labelled, recipe.evaluation, device=trainer.device)
+def _evaluate(recipe: Recipe, trainer: SSLTrainer, labeled: tuple[ImageSet, ImageSet] | None) -> dict[str, Any]:
+    """Returns `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
+    if labeled is not None:
+        return evaluate_encoder(trainer.encoder, *labeled, recipe.evaluation, device=trainer.device)
     images = trainer.images
     many = recipe.data.streaming or len(images) > _ALL
-    judged = images.sample(_UNLABELLED, "collapse") if many else images
+    evaluated = images.sample(_UNLABELED, "collapse") if many else images
     batch = recipe.evaluation.batch_size
-    features = extract_features(trainer.encoder, judged, batch_size=batch, device=trainer.device)
+    features = extract_features(trainer.encoder, evaluated, batch_size=batch, device=trainer.device)
     return {"evaluations": [], "collapse": collapse_report(features)}
 
 
-def _baselines(recipe: Recipe, trainer: Trainer, labelled: tuple[ImageSet, ImageSet]) -> dict[str, Any]:
-    """Judges raw pixels and the untrained encoder by the recipe's protocols that train nothing: kNN."""
-    bank, test = labelled
+def _baselines(recipe: Recipe, trainer: SSLTrainer, labeled: tuple[ImageSet, ImageSet]) -> dict[str, Any]:
+    """Evaluates raw pixels and the untrained encoder by the recipe's protocols that train nothing: kNN."""
+    bank, test = labeled
     names = [name for name in recipe.evaluation.protocols if not get_protocol(name).seeded]
     arguments = replace(recipe.evaluation, protocols=names)
-    untrained = _judge(replace(recipe, evaluation=arguments), trainer, labelled)
+    untrained = _evaluate(replace(recipe, evaluation=arguments), trainer, labeled)
     features = pixel_features(bank), pixel_features(test)
     pixels = [
-        judge_features(get_protocol(name), features[0], bank.labels, features[1], test.labels, device=trainer.device)
+        evaluate_features(
+            get_protocol(name), features[0], bank.labels, features[1], test.labels, device=trainer.device
+        )
         for name in names
     ]
     return {"untrained": untrained["evaluations"], "pixels": pixels}

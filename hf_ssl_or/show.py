@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import describe_images
 from hf_ssl_or.evaluation.transfer import markdown_table, table_rows
-from hf_ssl_or.training.selection import Choice
+from hf_ssl_or.training.checkpoint_choice import Choice
 
 LOAD = """\
 from transformers import AutoModel
@@ -55,7 +55,7 @@ def print_evaluation(results: dict[str, Any], console: Console | None = None) ->
     if results["evaluations"]:
         console.print(_accuracies(results["evaluations"], results.get("baselines", {})))
     else:
-        console.print("No labels: only label-free measures. Set evaluation_data to judge with kNN and probes.")
+        console.print("No labels: only label-free measures. Set evaluation_data to evaluate with kNN and probes.")
     console.print(_collapse(results["collapse"]))
 
 

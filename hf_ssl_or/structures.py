@@ -1,4 +1,4 @@
-"""The three things that travel between the rooms: what a view is, a batch of views, and what a method gives back.
+"""The three things that travel between the modules: what a view is, a batch of views, and what a method gives back.
 
 Shape letters, used in names throughout the package: V views, B images of this process, N images of all processes,
 C channels, H height, W width, F features of the encoder, D dimensions of the projector, K classes.
@@ -88,12 +88,12 @@ class ViewSpec:
 
 @dataclass(kw_only=True)
 class MultiViewBatch:
-    """One step's images of this process, on the device, augmented and normalised.
+    """One step's images of this process, on the device, augmented and normalized.
 
     Attributes:
         views_VBCHW: V views of B images.
         index_B: Index of each image in the data set (int64).
-        labels_B: Labels, or None for unlabelled data (the normal case).
+        labels_B: Labels, or None for unlabeled data (the normal case).
         local_views_VBCHW: Smaller views for methods with multi-crop, or None.
         seed: Seed of the run: a method keys its own randomness by (seed, step, purpose), see `randomness`.
         step: Step of the run, from 0.

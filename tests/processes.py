@@ -123,7 +123,7 @@ def command_line(arguments: Sequence[str]) -> None:
 
 
 def server() -> multiprocessing.context.ForkServerContext:
-    """Gives the context whose processes start with everything imported."""
+    """Returns the context whose processes start with everything imported."""
     context = multiprocessing.get_context("forkserver")
     variables = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in variables}

@@ -16,7 +16,7 @@ FLOORS = [
     {"training", "hub", "report"},
     {"recipe", "run", "embedding", "preview", "listing", "show", "cli", "__main__"},
 ]
-APART = {"data", "methods", "orthogonality"}  # neighbours on one floor that must not know each other
+APART = {"data", "methods", "orthogonality"}  # neighbors on one floor that must not know each other
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -51,7 +51,7 @@ def complaints(path: Path, source: str) -> list[str]:
         if FLOOR_OF[there] > FLOOR_OF[here]:
             found.append(f"imports upwards: {name}")
         if here in APART and there in APART and here != there and FLOOR_OF[here] == FLOOR_OF[there]:
-            found.append(f"{here} imports its neighbour {there}")
+            found.append(f"{here} imports its neighbor {there}")
     return found
 
 
@@ -63,9 +63,9 @@ def test_imports_run_downwards(path: Path):
 @pytest.mark.parametrize(
     ("file", "source", "complaint"),
     [
-        ("data/views.py", "from hf_ssl_or.training.trainer import Trainer", "imports upwards"),
-        ("data/views.py", "from hf_ssl_or.methods.base import SSLMethod", "neighbour"),
-        ("methods/x.py", "from hf_ssl_or import Trainer", "package root"),
+        ("data/views.py", "from hf_ssl_or.training.trainer import SSLTrainer", "imports upwards"),
+        ("data/views.py", "from hf_ssl_or.methods.base import SSLMethod", "neighbor"),
+        ("methods/x.py", "from hf_ssl_or import SSLTrainer", "package root"),
         ("models/x.py", "from hf_ssl_or.errors import InputError", "travel alone"),
         ("training/x.py", "from ..data import views", "relative"),
     ],

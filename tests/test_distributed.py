@@ -118,7 +118,7 @@ def training(
     config = get_method(name).config_class(**small_settings(name) | settings)
     method = get_method(name)(make_encoder(), config, num_views=views, batch_size=N)
     distributed.use_global_batch_norm(method.double().train(), N // distributed.world_size() if per_view else None)
-    method.prepare_accumulation(chunks)
+    method.prepare_chunks(chunks)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     model = DistributedDataParallel(method, broadcast_buffers=False) if distributed.world_size() > 1 else method
     result = {}

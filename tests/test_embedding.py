@@ -27,7 +27,7 @@ from hf_ssl_or.cli import main
 from hf_ssl_or.data import loading
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.embeddings import Embeddings
-from hf_ssl_or.evaluation.encoders import load_encoder
+from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -128,7 +128,7 @@ def test_files_of_a_list_and_of_a_pattern(encoder: Path, photos: Path, tmp_path:
 
 
 def test_npz_holds_the_same_without_pickles(encoder: Path, photos: Path, tmp_path: Path) -> None:
-    options = ["--dataset", photos, CORRUPT, "--neighbours", 3, "--duplicates", "--outliers", 4]
+    options = ["--dataset", photos, CORRUPT, "--neighbors", 3, "--duplicates", "--outliers", 4]
     for name in ("a.parquet", "a.npz", "b.npz"):
         assert run(encoder, *options, "--output", tmp_path / name) == 0
     table, arrays = columns(tmp_path / "a.parquet"), np.load(tmp_path / "a.npz", allow_pickle=False)

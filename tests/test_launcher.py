@@ -8,7 +8,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
-from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.trainer import build_accelerator
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
@@ -17,7 +17,7 @@ CONFIGURATIONS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate"
 @pytest.mark.parametrize(
     ("variable", "value", "key"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "training.gradient_accumulation_steps"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "training.forward_chunks"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "training.mixed_precision"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "training.mixed_precision"),
         ("ACCELERATE_DOWNCAST_BF16", "1", "training.mixed_precision"),
@@ -32,7 +32,7 @@ CONFIGURATIONS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate"
 def test_what_the_recipe_does_not_ask_for_is_refused(variable, value, key, monkeypatch, tmp_path):
     monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=f"^{variable}={value}: .*{key}$"):
-        build_accelerator(TrainingArguments(device="cpu"), tmp_path)
+        build_accelerator(SSLTrainingArguments(device="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_what_the_recipe_does_not_ask_for_is_refused(variable, value, key, monke
 )
 def test_what_the_recipe_asks_for_and_defaults_pass_and_change_nothing(variable, value, monkeypatch, tmp_path):
     monkeypatch.setenv(variable, value)
-    arguments = TrainingArguments(device="cpu", mixed_precision="bf16", gradient_accumulation_steps=4)
+    arguments = SSLTrainingArguments(device="cpu", mixed_precision="bf16", forward_chunks=4)
     accelerator = build_accelerator(arguments, tmp_path)
-    assert accelerator.gradient_accumulation_steps == 1  # of accelerate's kind, which divides the loss
+    assert accelerator.forward_chunks == 1  # of accelerate's kind, which divides the loss
     assert accelerator.mixed_precision == "bf16"
     assert accelerator.device.type == "cpu"
 
@@ -75,10 +75,10 @@ def test_accelerate_launch_passes(arguments, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     refuse_launcher_settings(device="cuda")
     assert cpu_is_forced() == ("--cpu" in arguments or arguments[-1:] == [str(CONFIGURATIONS[0])])
-    assert build_accelerator(TrainingArguments(device="cpu"), tmp_path).gradient_accumulation_steps == 1
+    assert build_accelerator(SSLTrainingArguments(device="cpu"), tmp_path).forward_chunks == 1
 
 
 def test_a_launcher_that_forbids_the_gpu_is_heard(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert build_accelerator(TrainingArguments(), tmp_path).device.type == "cpu"
+    assert build_accelerator(SSLTrainingArguments(), tmp_path).device.type == "cpu"

@@ -15,9 +15,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.encoders import load_encoder
+from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.labelled import load_labelled
+from hf_ssl_or.evaluation.labeled import load_labeled
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
 from hf_ssl_or.run import load_training_images, view_specs
@@ -71,7 +71,7 @@ def test_a_run_from_files_to_a_loaded_encoder(channels: int, name: str, tmp_path
     assert 0 <= kept["value_range"][0] < 400 and 1000 < kept["value_range"][1] < 2000
     (entry,) = results["evaluations"]
     assert entry["data"]["train"]["size"] == 24 and entry["data"]["test"]["size"] == 8
-    assert (run / "figures" / "views.png").exists() and (run / "neighbours.npz").exists()
+    assert (run / "figures" / "views.png").exists() and (run / "neighbors.npz").exists()
 
     model, processor = (kind.from_pretrained(run / "encoder") for kind in (AutoModel, AutoImageProcessor))
     assert model.config.preprocessing == kept
@@ -91,7 +91,7 @@ def test_a_run_from_files_to_a_loaded_encoder(channels: int, name: str, tmp_path
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["evaluations"] == results["evaluations"]
     data, like = load_encoder(str(run)).prepare(recipe.data)
-    train, _ = load_labelled(data, like=like)
+    train, _ = load_labeled(data, like=like)
     assert train.preprocessing.to_dict() == kept
 
 

@@ -11,7 +11,7 @@ import hf_ssl_or.cli
 import hf_ssl_or.preview
 import hf_ssl_or.run
 import hf_ssl_or.show
-from hf_ssl_or.hub.secrecy import mask
+from hf_ssl_or.hub.redaction import mask
 from hf_ssl_or.methods import available_methods, get_method
 
 __all__ = ["hf_ssl_or", "mask", "matplotlib", "torch"]

@@ -37,7 +37,7 @@ class DataArguments:
             percentiles over a sample; [low, high] sets them; "dtype" takes each image's type's own range.
         fraction: Share of the training images that is used: a seeded subset, class by class if there are labels.
         fraction_seed: Key of that subset.
-        holdout: Share of the training images that probes are tested on, where a labelled set has no test split.
+        holdout: Share of the training images that probes are tested on, where a labeled set has no test split.
         mean: Mean per channel of images in [0, 1]; None measures it on the training images in use.
         std: Standard deviation per channel; None measures it too.
         cache: "disk" decodes once into a file that later runs map into memory; "auto" does, unless the decoded set is

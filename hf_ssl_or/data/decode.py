@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from hf_ssl_or.data.resample import resize_fast
+from hf_ssl_or.data.resize_matrices import resize_fast
 from hf_ssl_or.data.sources import ImageReader, ImageSource
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError

@@ -151,8 +151,8 @@ def find_image_column(
     Args:
         features: Of the data set.
         arguments: Name the column, or do not.
-        first_values: Gives some values of a column. Without it, columns of bytes are not told apart, and none is taken
-            for paths.
+        first_values: Returns some values of a column. Without it, columns of bytes are not told apart, and none
+            counts as paths.
 
     Raises:
         InputError: There is none, or there are several.

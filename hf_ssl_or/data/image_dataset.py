@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
 from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, note_unreadable
 from hf_ssl_or.data.in_memory import ListSource
-from hf_ssl_or.data.order import Order, ShuffledOrder
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
+from hf_ssl_or.data.sampling import Order, ShuffledOrder
 from hf_ssl_or.data.views import clean_views, crop_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -52,7 +52,7 @@ class ImageSet:
 
     Attributes:
         job: Which images there are, and how whole ones are decoded.
-        labels: int64, (n,), or None for unlabelled images.
+        labels: int64, (n,), or None for unlabeled images.
         class_names: Names of the labels, or None.
         preprocessing: What becomes of the pixels, mean and standard deviation included.
         name: What the user calls the data set.
@@ -189,7 +189,7 @@ class ImageSet:
         An image that cannot be read any more is replaced by the next one of the set.
         """
         device = torch.device(device)
-        self.load_whole()
+        self.load_full()
         pixels = self._matrix_pixels(device)
         if pixels is not None:
             assert self.whole is not None and self.whole.uniform_sizes is not None
@@ -205,7 +205,7 @@ class ImageSet:
         """Returns specs as they are for RGB images, else without what needs colors."""
         return tuple(specs) if self.preprocessing.num_channels == 3 else tuple(map(without_color, specs))
 
-    def load_whole(self) -> PixelStore | None:
+    def load_full(self) -> PixelStore | None:
         """Decodes the whole images unless it is done; None if they are decoded each time."""
         if self.whole is None and self.whole_storage.mode != "on_the_fly":
             self.whole = _load(self.job, self.whole_storage)[0]

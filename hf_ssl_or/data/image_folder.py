@@ -48,7 +48,7 @@ class ImageFolder:
     def source(self, split: str | None) -> FileSource:
         """Opens a split, or all images, and logs which files are left out.
 
-        If every image is in one of two or more subfolders these are the classes; else the images are unlabelled.
+        If every image is in one of two or more subfolders these are the classes; else the images are unlabeled.
 
         Raises:
             InputError: What bears the name of an image is no file (a pipe, a device).

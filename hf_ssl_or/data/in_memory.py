@@ -22,7 +22,7 @@ class ListSource:
 
     Args:
         images: PIL images, arrays (H, W) or (H, W, C), tensors, or paths, in any mixture.
-        labels: Numbers or words, one per image; None for unlabelled images.
+        labels: Numbers or words, one per image; None for unlabeled images.
         name: What the user calls it.
         class_names: Names of the classes 0, 1, ... if the labels are their numbers.
 

@@ -17,7 +17,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 def encode_labels(values: Sequence[Any], names: list[str] | None = None) -> tuple[np.ndarray | None, list[str] | None]:
     """Turns labels into 0, ..., K - 1 and the names of the classes.
 
-    A split of which a label is missing (or negative or NaN, as some sets mark it) counts as unlabelled.
+    A split of which a label is missing (or negative or NaN, as some sets mark it) counts as unlabeled.
 
     Args:
         values: Numbers or words, one per image.

@@ -1,6 +1,6 @@
 """A built-in image set: ten shapes in any pose, color and light, drawn by formula, so that nothing is downloaded.
 
-The class is in the outline alone. Everything else is nuisance: pixels hardly tell the class (nearest neighbours on raw
+The class is in the outline alone. Everything else is nuisance: pixels hardly tell the class (nearest neighbors on raw
 pixels fail), but an encoder that learns what crops, flips and color changes of an image share finds it. Each shape is
 a signed distance (in units of its radius, negative inside), which gives smooth edges at any size. Image i depends on
 (seed, i) alone.

@@ -9,7 +9,7 @@ from datasets import data_files
 
 # Split -> words that stand for it. Sets such as STL-10 have images without labels beside the library's three splits.
 _KEYWORDS = {str(split): tuple(words) for split, words in data_files.SPLIT_KEYWORDS.items()}
-_UNLABELED = {"unlabeled": ("unlabeled", "unlabelled")}
+_UNLABELED = {"unlabeled": ("unlabeled", "unlabeled")}
 SPLITS = (*_KEYWORDS, *_UNLABELED)
 _WORDS = {word: split for split, words in (_KEYWORDS | _UNLABELED).items() for word in words}
 _NONE: frozenset[str] = frozenset()

@@ -21,7 +21,6 @@ from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
 from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
 from hf_ssl_or.data.image_dataset import ImageSet, Rendered, Storage, crop_file, empty_crops, render_groups
-from hf_ssl_or.data.order import WindowOrder
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
     default_bound,
@@ -31,6 +30,7 @@ from hf_ssl_or.data.pixel_kind import (
     wanted_range,
 )
 from hf_ssl_or.data.pixel_store import decode_to_memory
+from hf_ssl_or.data.sampling import WindowOrder
 from hf_ssl_or.data.shards import DamagedBlock, OpenBlock, Shards, index_shards, write_json
 from hf_ssl_or.data.sources import list_shards
 from hf_ssl_or.distributed import world_size
@@ -75,7 +75,7 @@ class BlockBuffer:
         self._uses: Counter[int] = Counter()
 
     def take(self) -> tuple[np.ndarray, dict[int, Future[Reader]]] | None:
-        """Gives the next batch's rows and blocks; None at the end, or until a batch is released."""
+        """Returns the next batch's rows and blocks; None at the end, or until a batch is released."""
         self._look_ahead()
         if not self._waiting:
             return None

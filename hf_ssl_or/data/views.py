@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_ssl_or.data import color
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, sample_channels, sample_view
-from hf_ssl_or.data.resample import apply_lines, blur_matrix, crop_matrix, resize_fast
+from hf_ssl_or.data.resize_matrices import apply_lines, blur_matrix, crop_matrix, resize_fast
 from hf_ssl_or.models.image_conversion import Preprocessing, dtype_range, normalize_pixels, scale_pixels
 from hf_ssl_or.randomness import keyed_normal, keyed_uniform
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.knn import nearest_in_bank
+from hf_ssl_or.evaluation.protocols.knn import nearest_in_bank
 from hf_ssl_or.randomness import keyed_permutation
 
 _CHUNK_ELEMENTS = 2**23  # similarities that are held at once

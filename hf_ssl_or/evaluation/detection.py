@@ -29,7 +29,7 @@ class PyramidBackbone(nn.Module):
         ```
 
     Args:
-        backbone: Gives `feature_maps`, finest first, of the widths in `channels`.
+        backbone: Returns `feature_maps`, finest first, of the widths in `channels`.
         width: Channels of every level.
 
     Attributes:
@@ -51,7 +51,7 @@ class PyramidBackbone(nn.Module):
             self.names = [str(level) for level in range(len(channels))]
 
     def forward(self, images_BCHW: Tensor) -> OrderedDict[str, Tensor]:
-        """Gives every level's map (B, width, H', W') of normalised images, finest first."""
+        """Returns every level's map (B, width, H', W') of normalized images, finest first."""
         maps = self.body(images_BCHW).feature_maps
         return self.neck(OrderedDict((str(level), x) for level, x in enumerate(maps)))
 

@@ -46,7 +46,7 @@ def extract_features(
         images: The image set.
         batch_size: Images per forward pass of a process.
         device: Where to encode.
-        views: How augmented views are drawn, taken in turn; needed when `num_views` is above 1.
+        views: How augmented views are sampled, taken in turn; needed when `num_views` is above 1.
         num_views: Views per image.
         seed: Key of the augmentations.
         mixed_precision: Autocast of the encoder.
@@ -61,7 +61,7 @@ def extract_features(
     if not len(images):
         raise InputError(f"{images.name}: no images to encode")
     if num_views > 1 and not views:
-        raise InputError(f"num_views={num_views}: needs views that say how the augmented ones are drawn")
+        raise InputError(f"num_views={num_views}: needs views that say how the augmented ones are sampled")
     device = torch.device(device)
     dtype = _AUTOCAST.get(mixed_precision)
     shares = _shares(len(images), batch_size)
@@ -120,7 +120,7 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
 
 
 def _shares(n: int, batch_size: int) -> list[np.ndarray]:
-    """Gives the indices of this process's share of each batch of all processes, equally many on each.
+    """Returns the indices of this process's share of each batch of all processes, equally many on each.
 
     Shares in the order of ranks make up the batch; the last one is filled up with the last image.
     """

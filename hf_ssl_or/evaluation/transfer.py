@@ -14,10 +14,10 @@ import torch
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.base import Protocol
-from hf_ssl_or.evaluation.encoders import FrozenEncoder, load_encoder
-from hf_ssl_or.evaluation.labelled import find_dataset, find_test_split, load_labelled
-from hf_ssl_or.evaluation.protocols import EvaluationArguments, Judge, get_protocol
+from hf_ssl_or.evaluation.encoder_loading import FrozenEncoder, load_encoder
+from hf_ssl_or.evaluation.evaluator import EvaluationArguments, Evaluator, get_protocol
+from hf_ssl_or.evaluation.labeled import find_dataset, find_test_split, load_labeled
+from hf_ssl_or.evaluation.protocols.base import Protocol
 from hf_ssl_or.evaluation.store import Store
 
 Report = Callable[[str], None]
@@ -33,7 +33,7 @@ def evaluate_transfer(
     report: Report = lambda line: None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Judges every encoder on every data set. What an earlier, interrupted call finished is not computed again.
+    """Evaluates every encoder on every data set. What an earlier, interrupted call finished is not computed again.
 
     Images are resized, cropped and normalized as each encoder's own image processor does. Features and results are
     kept in the folder `evaluation` of the image cache.
@@ -42,7 +42,7 @@ def evaluate_transfer(
         encoders: Names as for `load_encoder`.
         datasets: Hub ids, folders, "shapes", or names in the folder `$HF_SSL_OR_DATA`.
         arguments: Protocols, seeds and sizes.
-        data: Everything about the data sets but their name and size; a set without a test split is judged on its
+        data: Everything about the data sets but their name and size; a set without a test split is evaluated on its
             validation split.
         device: Where to encode and to train probes.
         report: Is told a line about each cell of the table.
@@ -70,7 +70,7 @@ def evaluate_transfer(
             images = load(dataset, encoder)
             table = _Row(encoder, *images, arguments, store, device=device, progress=progress)
             for protocol in protocols:
-                entry, known = table.judge(protocol)
+                entry, known = table.evaluate(protocol)
                 report(f"{label} on {name}, {protocol.name}: {_headline(entry)}{' (known)' if known else ''}")
                 evaluations.append({"encoder": label, "dataset": name, **entry})
     return {"encoders": described, "datasets": names, "evaluations": evaluations}
@@ -93,7 +93,7 @@ class _Row:
         self.store, self.arguments = store, arguments
         self.key = {"encoder": encoder.key(), "preprocessing": train.preprocessing.to_dict()}
         self.labels = _hash(train.labels, test.labels)
-        self.work = Judge(
+        self.work = Evaluator(
             encoder.model,
             train,
             test,
@@ -103,14 +103,14 @@ class _Row:
             progress=progress,
         )
 
-    def judge(self, protocol: Protocol) -> tuple[dict[str, Any], bool]:
-        """Gives the entry, and whether it was known."""
+    def evaluate(self, protocol: Protocol) -> tuple[dict[str, Any], bool]:
+        """Returns the entry, and whether it was known."""
         seeds = self.arguments.seeds if protocol.seeded else []
         key = self.key | {"data": self.work.data, "labels": self.labels, "protocol": protocol.hash, "seeds": seeds}
         found = self.store.find_result(key)
         if found is not None:
             return found, True
-        entry = self.work.judge(protocol)
+        entry = self.work.evaluate(protocol)
         self.store.write_result(key, entry)
         return entry, False
 
@@ -121,9 +121,9 @@ class _Row:
 def _load(data: DataArguments, dataset: str, encoder: FrozenEncoder) -> tuple[ImageSet, ImageSet]:
     """Loads a data set as the encoder wants it."""
     data, like = encoder.prepare(find_test_split(replace(data, dataset=find_dataset(dataset))))
-    labelled = load_labelled(data, num_channels=encoder.processing.num_channels, like=like)
-    assert labelled is not None
-    return labelled
+    labeled = load_labeled(data, num_channels=encoder.processing.num_channels, like=like)
+    assert labeled is not None
+    return labeled
 
 
 def _hash(*tensors: torch.Tensor | None) -> str:
@@ -134,7 +134,7 @@ def _hash(*tensors: torch.Tensor | None) -> str:
 
 
 def short_names(names: Sequence[str], what: str) -> list[str]:
-    """Gives the last part of each path, or as many parts as tell them apart; other names stay as they are.
+    """Returns the last part of each path, or as many parts as tell them apart; other names stay as they are.
 
     Raises:
         InputError: A name is given twice.

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.outbox import Destination
 from hf_ssl_or.hub.push import check_destination, push_folder, push_to_hub
+from hf_ssl_or.hub.redaction import mask
 from hf_ssl_or.hub.run_folder import Statements, run_at_checkpoint
-from hf_ssl_or.hub.secrecy import mask
+from hf_ssl_or.hub.upload_queue import Destination
 
 _LOOK_EVERY = 1.0  # seconds
 _STATE = ("method.safetensors", "state.json")

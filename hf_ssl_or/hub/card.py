@@ -16,12 +16,12 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub import sections
+from hf_ssl_or.hub import card_sections
 from hf_ssl_or.hub.citations import BANSAL_2018, GHOSH_2024, HE_2024
-from hf_ssl_or.hub.facts import FIGURE, RunFacts, hub_dataset, read_facts, read_log, without_paths
-from hf_ssl_or.hub.limits import limits
+from hf_ssl_or.hub.limitations import limits
 from hf_ssl_or.hub.markdown import block, clean, code, escape, table
-from hf_ssl_or.hub.usage import usage
+from hf_ssl_or.hub.run_record import FIGURE, RunFacts, hub_dataset, read_facts, read_log, without_paths
+from hf_ssl_or.hub.snippets import usage
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -110,14 +110,19 @@ def comparison_table(run_folders: Sequence[Path]) -> str:
     for facts in runs:
         with _readable(facts.folder):
             found.append(
-                {_headline(entry): sections.spread(entry["metrics"][entry["headline"]]) for entry in facts.evaluations}
+                {
+                    _headline(entry): card_sections.spread(entry["metrics"][entry["headline"]])
+                    for entry in facts.evaluations
+                }
             )
     columns = list(dict.fromkeys(key for headlines in found for key in headlines))
     rows = []
     for facts, headlines in zip(runs, found, strict=True):
         with _readable(facts.folder):
-            rows.append(_comparison_row(facts, [headlines.get(key, sections.NONE) for key in columns]))
-    heads = [f"{code(protocol)} {sections.measure(name)}, % ({code(digest)})" for protocol, name, digest in columns]
+            rows.append(_comparison_row(facts, [headlines.get(key, card_sections.NONE) for key in columns]))
+    heads = [
+        f"{code(protocol)} {card_sections.measure(name)}, % ({code(digest)})" for protocol, name, digest in columns
+    ]
     words, numbers = ["Encoder", "Method", "Penalty"], ["Views", "Epochs", *heads, "RankMe", "alpha-ReQ", "Minutes"]
     return table([*words, *numbers], rows, words=3)
 
@@ -136,8 +141,8 @@ def _comparison_row(facts: RunFacts, headlines: Sequence[str]) -> list[str]:
         f"{recipe['views']['count']:d}",
         f"{recipe['training']['epochs']:g}",
         *headlines,
-        *(f"{collapse[name]:.4g}" if name in collapse else sections.NONE for name in ("rankme", "alpha_req")),
-        sections.NONE if seconds is None else f"{seconds / 60:.1f}",
+        *(f"{collapse[name]:.4g}" if name in collapse else card_sections.NONE for name in ("rankme", "alpha_req")),
+        card_sections.NONE if seconds is None else f"{seconds / 60:.1f}",
     ]
 
 
@@ -198,7 +203,7 @@ def eval_results(facts: RunFacts) -> Iterator[EvalResult]:
     """Yields every measure of every evaluation as an entry of the card's `model-index`, in % as in `results.json`."""
     for entry in facts.evaluations:
         dataset = entry["data"]["test"]["name"]
-        for name, value in sections.shown_metrics(entry):
+        for name, value in card_sections.shown_metrics(entry):
             how: dict[str, Any] = {key: clean(entry[key]) for key in ("protocol", "protocol_hash")}
             how |= {"seeds": entry["seeds"]} if entry["seeds"] else {}
             how |= {"std": value["std"]} if value["std"] is not None else {}
@@ -235,25 +240,25 @@ def _leaderboard_entries(facts: RunFacts) -> dict[str, list[EvalResultEntry]]:
 def _render(facts: RunFacts, title: str, repo_id: str | None, license: str | None, data_license: str | None) -> str:
     """Fills the template. It is rendered once, so text of the run that looks like a template stays text."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    layers_summary, layers = sections.layers(facts)
+    layers_summary, layers = card_sections.layers(facts)
     evaluated = bool(facts.evaluations)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=escape(title),
-        summary=sections.summary(facts),
+        summary=card_sections.summary(facts),
         repo_id=repo_id,
         **usage(facts, repo_id),
-        pixels=sections.pixels(facts),
-        evaluated_on=sections.evaluated_on(facts) if evaluated else "",
-        evaluation=sections.evaluation(facts) if evaluated else "",
-        reading=sections.reading(facts) if evaluated else "",
-        protocols=sections.protocols(facts) if evaluated else "",
-        collapse=sections.collapse(facts),
+        pixels=card_sections.pixels(facts),
+        evaluated_on=card_sections.evaluated_on(facts) if evaluated else "",
+        evaluation=card_sections.evaluation(facts) if evaluated else "",
+        reading=card_sections.reading(facts) if evaluated else "",
+        protocols=card_sections.protocols(facts) if evaluated else "",
+        collapse=card_sections.collapse(facts),
         figure=FIGURE if (facts.folder / FIGURE).is_file() else "",
         layers_summary=layers_summary,
         layers=layers,
-        training=sections.training(facts),
+        training=card_sections.training(facts),
         recipe=block(yaml.safe_dump(facts.recipe, sort_keys=False, width=119), "yaml"),
-        compute=sections.compute(facts),
+        compute=card_sections.compute(facts),
         limits="\n".join(f"- {limit}" for limit in limits(facts)),
         license=code(license) if license else "no license was stated",
         data_license=escape(data_license) if data_license else "no license was stated",
@@ -263,7 +268,7 @@ def _render(facts: RunFacts, title: str, repo_id: str | None, license: str | Non
 
 
 def _citations(facts: RunFacts) -> list[str]:
-    penalty, papers = facts.recipe["orthogonality"]["penalty"], [sections.method_of(facts)[1]]
+    penalty, papers = facts.recipe["orthogonality"]["penalty"], [card_sections.method_of(facts)[1]]
     if penalty in ("so", "srip"):
         papers.append(HE_2024)
     if penalty != "none":

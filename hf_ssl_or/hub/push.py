@@ -17,11 +17,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.delivery import Delivery, deliver
-from hf_ssl_or.hub.outbox import Destination, Entry, Outbox
+from hf_ssl_or.hub.redaction import mask
 from hf_ssl_or.hub.retries import HubRefusalError, PushKeptError, reason
 from hf_ssl_or.hub.run_folder import Statements, collect
-from hf_ssl_or.hub.secrecy import mask
+from hf_ssl_or.hub.upload import Delivery, deliver
+from hf_ssl_or.hub.upload_queue import Destination, Entry, Outbox
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.secrecy import mask
+from hf_ssl_or.hub.redaction import mask
 
 T = TypeVar("T")
 

@@ -16,18 +16,18 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.facts import hub_dataset, without_paths
-from hf_ssl_or.hub.portable import CONVERSION
-from hf_ssl_or.hub.proof import prove
-from hf_ssl_or.hub.secrecy import refuse_secrets, scrubbed_text
-from hf_ssl_or.hub.to_timm import add_timm_files
-from hf_ssl_or.hub.weights import WEIGHTS, weight_files, weights_sha256
+from hf_ssl_or.hub.export.model import CONVERSION
+from hf_ssl_or.hub.export.timm import add_timm_files
+from hf_ssl_or.hub.redaction import refuse_secrets, scrubbed_text
+from hf_ssl_or.hub.run_record import hub_dataset, without_paths
+from hf_ssl_or.hub.verify import prove
+from hf_ssl_or.hub.weight_files import WEIGHTS, weight_files, weights_sha256
 from hf_ssl_or.models import auto
 
 _CODE = (CONVERSION.name, *(path.name for path in CONVERSION.parent.glob("*_ssl*.py")))
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _CARD_FILES = ("README.md", "recipe.yaml", "results.json")
-_OF_IMAGES = ("views", "neighbours")  # figures that show images of the data set
+_OF_IMAGES = ("views", "neighbors")  # figures that show images of the data set
 SHARD_SIZE = "5GB"
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, product_split, standardise
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import batch_standardize, full_precision, product_split
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -60,7 +60,7 @@ class Config(ProjectorConfig):
 
 
 def auto_beta(dim: int) -> float:
-    """Gives beta = c / D, c = 5 up to D = 512 and 2 above: what tuning found in Ghosh et al. (NeurIPS 2024)."""
+    """Returns beta = c / D, c = 5 up to D = 512 and 2 above: what tuning found in Ghosh et al. (NeurIPS 2024)."""
     return (5 if dim <= 512 else 2) / dim
 
 
@@ -73,7 +73,7 @@ def barlow_twins_loss(
     if views == 2 and images < dim and standardize == "per_view":
         diagonal_VD, off_diagonal = _CrossCorrelation.apply(z_VND)
     else:
-        x = standardise(z_VND) if standardize == "per_view" else _standardize_together(z_VND)
+        x = batch_standardize(z_VND) if standardize == "per_view" else _standardize_together(z_VND)
         if views == 2:
             diagonal_VD, off_diagonal = product_split(*x)
         else:
@@ -93,9 +93,9 @@ def _standardize_together(z_VND: Tensor) -> tuple[Tensor, ...]:
 
 
 class _CrossCorrelation(torch.autograd.Function):
-    """`product_split` of two standardised views by N x N matrices, for D > N: a block of dimensions at a time.
+    """`product_split` of two standardized views by N x N matrices, for D > N: a block of dimensions at a time.
 
-    Standardising is cheap beside the products, so backward does it again: what is as large as the projections is their
+    Standardizing is cheap beside the products, so backward does it again: what is as large as the projections is their
     gradient alone.
     """
 

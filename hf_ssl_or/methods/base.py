@@ -1,7 +1,7 @@
 """What every method shares: its contract, the one encoder forward over all views, and gradient accumulation.
 
 A method is one file with a docstring, a `Config`, a pure loss function of embeddings and a class `Method(SSLMethod)`.
-It owns its heads and its state (teacher, queue, centre); the training loop knows nothing of them.
+It owns its heads and its state (teacher, queue, center); the training loop knows nothing of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class SSLMethod(nn.Module):
     attributes are checked when the class is defined; `class Shared(SSLMethod, abstract=True)` is not checked.
 
     Args:
-        encoder: Gives `encoder(pixel_values=images).pooler_output` of shape (images, F); `encoder.config.hidden_size`
-            is F. A transformers model, or anything that looks like it.
+        encoder: `encoder(pixel_values=images).pooler_output` is (images, F); `encoder.config.hidden_size` is F.
+            A transformers model, or anything that looks like it.
         config: An instance of `config_class`.
         num_views: V, the number of views of each image.
         batch_size: N, the number of images in the global batch, of all processes together.
@@ -44,7 +44,7 @@ class SSLMethod(nn.Module):
         takes_local_views: Whether the method makes use of local views.
         needs_patches: Whether the encoder must be a vision transformer of ours.
         order_of_views_matters: Whether the loss changes when the views change places.
-        chunks: In how many parts the encoder sees the batch, see `prepare_accumulation`.
+        chunks: In how many parts the encoder sees the batch, see `prepare_chunks`.
         images_together: A part is made of so many images, or of several times as many.
 
     Raises:
@@ -91,7 +91,7 @@ class SSLMethod(nn.Module):
         self.chunks, self.images_together, self.channels_last = 1, 1, False
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
-        """Gives the loss of the global batch, from this process's part of it."""
+        """Returns the loss of the global batch, from this process's part of it."""
         raise NotImplementedError
 
     def on_step_end(self, step: int, total_steps: int) -> None:
@@ -153,7 +153,7 @@ class SSLMethod(nn.Module):
             loss, terms = loss + whitening, {**terms, "whitening": whitening}
         return SSLOutput(loss=loss, terms={name: term.detach() for name, term in terms.items()})
 
-    def prepare_accumulation(self, chunks: int, *, recompute_blocks: bool = False) -> None:
+    def prepare_chunks(self, chunks: int, *, recompute_blocks: bool = False) -> None:
         """Makes a step need less of the encoder's memory, with the gradient of the whole batch.
 
         The loss compares all images with each other, so summing gradients over small batches would be another loss.
@@ -177,7 +177,7 @@ class SSLMethod(nn.Module):
         self.channels_last = True
 
     def encoders(self) -> list[nn.Module]:
-        """Gives the trained encoder and its momentum copies, say to compile each of them."""
+        """Returns the trained encoder and its momentum copies, say to compile each of them."""
         owners = [module for module in self.modules() if isinstance(module, SSLMethod | MomentumTeacher)]
         return [owner.encoder for owner in owners]
 

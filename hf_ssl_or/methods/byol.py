@@ -5,7 +5,7 @@ With p_v the predictions of the student and t_u the projections of the momentum 
     loss = 2 mean_{v != u} |p_v / |p_v| - t_u / |t_u||^2 = 4 - 4 mean_{v != u} cos(p_v, t_u)
 
 over images and ordered pairs of views. The factor 2 makes V = 2 the published sum of both directions. The cosine is
-linear in t_u / |t_u|, so V views cost V: p_v is compared with the mean of the other views' normalised targets. (That
+linear in t_u / |t_u|, so V views cost V: p_v is compared with the mean of the other views' normalized targets. (That
 mean is not scaled back to unit length: its length says how far the targets agree, and the pairs weigh it so.)
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.functional import full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
-from hf_ssl_or.methods.terms import full_precision, global_mean, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -43,7 +43,7 @@ class Config(MomentumConfig):
 
 @full_precision
 def byol_loss(p_VND: Tensor, target_VND: Tensor) -> Tensor:
-    """Gives the loss from predictions and the teacher's projections; a mean over images, so shards can be averaged."""
+    """Returns the loss of predictions and the teacher's projections, a mean over images."""
     return 4 + 4 * negative_cosine(p_VND, target_VND)
 
 

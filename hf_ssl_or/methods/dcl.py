@@ -14,8 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, mean_of_pairs, similarities
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, mean_of_pairs, similarities
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -40,7 +40,7 @@ class Config(ProjectorConfig):
 
 @full_precision
 def dcl_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
+    """Returns the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
     positives_VUN, negatives_VN = similarities(z_VND, temperature)
     positive = mean_of_pairs(positives_VUN)
     return negatives_VN.mean() - positive, {"positive_cosine": temperature * positive}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_ssl_or.methods import dcl
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.terms import full_precision, mean_of_pairs, similarities
+from hf_ssl_or.methods.functional import full_precision, mean_of_pairs, similarities
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch
 
@@ -38,7 +38,7 @@ class Config(dcl.Config):
 
 @full_precision
 def dclw_loss(z_VND: Tensor, temperature: float, sigma: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
+    """Returns the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
     positives_VUN, negatives_VN = similarities(z_VND, temperature)
     cosine_VUN = temperature * positives_VUN.detach()
     weight_VUN = 2 - z_VND.shape[1] * (cosine_VUN / sigma).softmax(-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def sine_cosine_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Gives the paper's fixed positions of a grid: sines and cosines of the column, then of the row."""
+    """Returns the paper's fixed positions of a grid: sines and cosines of the column, then of the row."""
     rates = 10000 ** -(torch.arange(width // 4, device=device) / (width // 4))
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.predict = nn.Linear(width, out_features)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, tokens_MTF: Tensor, kept_MK: Tensor, masked_ML: Tensor, positions_PD: Tensor) -> Tensor:
         """Predicts the masked patches: (M, L, out_features).
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         return self.predict(self.norm(self.blocks(torch.cat(sequence, dim=1))[:, seen:]))
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Draws linear layers as the authors' code does."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -5,7 +5,7 @@ With s_v the student's cosines of view v with K prototypes, and g_u the momentum
     t_u  = softmax((g_u - c) / teacher temperature),   p_v = softmax(s_v / student temperature)
     loss = mean_{u, v != u} -sum_k t_uk log p_vk
 
-over images and pairs. The teacher sees the V global views, the student those and the local ones. The centre c follows
+over images and pairs. The teacher sees the V global views, the student those and the local ones. The center c follows
 the mean of g over the global batch, so that no prototype wins everywhere, and the teacher's low temperature keeps its
 targets from being uniform. The mean over all pairs is the published loss, for two global views and any number of local
 ones, and stays it for more; its cost is that of the views, as `swapped_cross_entropy` says.
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import mean_over_ranks
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
-from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -32,14 +32,14 @@ class Config(MomentumConfig):
     """Settings of DINO.
 
     Attributes:
-        projector_norm: Batch normalisation in the projector.
+        projector_norm: Batch normalization in the projector.
         prototypes: K, their number.
         freeze_prototypes_steps: In how many first steps the prototypes stay as they are.
         student_temperature: Divides the student's cosines.
-        teacher_temperature: Divides the teacher's centred cosines at first.
+        teacher_temperature: Divides the teacher's centerd cosines at first.
         final_teacher_temperature: The same after the warm-up, which is linear.
         teacher_temperature_warmup: The warm-up's share of the training.
-        center_momentum: Share of itself that the centre keeps in a step.
+        center_momentum: Share of itself that the center keeps in a step.
     """
 
     projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
@@ -75,21 +75,21 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gives the loss and the mean confidence of the targets; means over images, so those of shards can be averaged.
+    """Returns the loss and the mean confidence of the targets; means over images, so those of shards can be averaged.
 
     Args:
         scores_SBK: The student's cosines with the prototypes, of the V global views and then of the local views.
         teacher_VBK: The teacher's, of the global views.
         center_K: Is subtracted from the teacher's.
         student_temperature: Divides the student's.
-        teacher_temperature: Divides the teacher's, once centred.
+        teacher_temperature: Divides the teacher's, once centerd.
     """
     targets_VBK = ((teacher_VBK - center_K) / teacher_temperature).softmax(-1)
     return swapped_cross_entropy(scores_SBK, targets_VBK, student_temperature)
 
 
 def warmed_up_temperature(config: Config, step: int, total_steps: int) -> float:
-    """Gives the teacher's temperature in a step: linear over the warm-up, then constant."""
+    """Returns the teacher's temperature in a step: linear over the warm-up, then constant."""
     start, end, share = config.teacher_temperature, config.final_teacher_temperature, config.teacher_temperature_warmup
     progress = min(1.0, step / (share * total_steps)) if share else 1.0
     return start + (end - start) * progress
@@ -125,7 +125,7 @@ class Method(MomentumMethod):
         """Builds the MLP and the prototypes as one module, of which the teacher has a copy."""
         config = self.config
         mlp = self.projection_head(norm=config.projector_norm, gelu=True)
-        return nn.Sequential(mlp.apply(_initialise), PrototypeHead(config.projector_dim, config.prototypes))
+        return nn.Sequential(mlp.apply(_initialize), PrototypeHead(config.projector_dim, config.prototypes))
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares the student's assignments of all views with the teacher's of the global views."""
@@ -142,13 +142,13 @@ class Method(MomentumMethod):
         return self.output(loss, {"target_confidence": confidence}, z_SBD)
 
     def on_step_end(self, step: int, total_steps: int) -> None:
-        """Moves the teacher, the centre and the teacher's temperature."""
+        """Moves the teacher, the center and the teacher's temperature."""
         super().on_step_end(step, total_steps)
         self.center_K.lerp_(mean_over_ranks(self.teacher_mean_K), 1 - self.config.center_momentum)
         self.teacher_temperature.fill_(warmed_up_temperature(self.config, step + 1, total_steps))
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Draws linear layers as the authors' code does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

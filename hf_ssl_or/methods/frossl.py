@@ -7,8 +7,8 @@ matrix C_v = u_v^T u_v / D, and m the mean of the views:
          = sum_v log |C_v|_F^2 + invariance_weight / N sum_{v < u} |u_v - u_u|^2
 
 The first line is the authors' current code, for any V at cost V (their factor D cancels that of the mean over
-dimensions); the second says that V = 2 is the published loss of two views. There each dimension was centred before;
-the current code, for all V, does not centre. Minus log |C|_F^2 is an entropy of C's eigenvalues, at most log of their
+dimensions); the second says that V = 2 is the published loss of two views. There each dimension was centerd before;
+the current code, for all V, does not center. Minus log |C|_F^2 is an entropy of C's eigenvalues, at most log of their
 number. |C|_F is that of u u^T as well, so the smaller of the D x D and the N x N matrices is made.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, product_split
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, product_split
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -45,7 +45,7 @@ class Config(ProjectorConfig):
 
 @full_precision
 def frossl_loss(z_VND: Tensor, invariance_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss and its unweighted terms, from the projections of the global batch."""
+    """Returns the loss and its unweighted terms, from the projections of the global batch."""
     views, images = z_VND.shape[:2]
     unit_VND = F.normalize(z_VND, dim=1)
     diagonal_VD, off_diagonal_V = product_split(unit_VND, unit_VND)

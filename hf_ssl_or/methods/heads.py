@@ -1,6 +1,6 @@
 """Three heads for all methods: projection, prediction, prototypes, with the loss that prototypes are trained by.
 
-Input and output are (V, B, ...). A head sees all views in one call, view after view, so that batch normalisation sees
+Input and output are (V, B, ...). A head sees all views in one call, view after view, so that batch normalization sees
 them as the encoder's does.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.terms import full_precision
+from hf_ssl_or.methods.functional import full_precision
 
 
 class ProjectionHead(nn.Module):
@@ -26,8 +26,8 @@ class ProjectionHead(nn.Module):
         hidden_features: Width of the hidden layers.
         out_features: Width of the output.
         layers: Number of linear layers.
-        norm: Batch normalisation after hidden layers, whose linear layers then have no bias.
-        last_norm: Batch normalisation without scale and shift after the last layer, which then has no bias.
+        norm: Batch normalization after hidden layers, whose linear layers then have no bias.
+        last_norm: Batch normalization without scale and shift after the last layer, which then has no bias.
         gelu: GELU instead of ReLU.
     """
 
@@ -77,7 +77,7 @@ class PredictionHead(ProjectionHead):
 class PrototypeHead(nn.Module):
     """Cosine similarities to K learned prototypes (Caron et al., SwAV, NeurIPS 2020; DINO, ICCV 2021).
 
-    Both inputs and prototypes are scaled to unit length here, so nothing has to be renormalised after a step. Always
+    Both inputs and prototypes are scaled to unit length here, so nothing has to be renormalized after a step. Always
     in full precision, as the cosines are divided by temperatures that would make errors 10 to 25 times as large.
 
     Args:
@@ -134,24 +134,24 @@ class _SwappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores_SBK: Tensor, targets_VBK: Tensor, temperature: float) -> Tensor:
-        normalisers, total = [], scores_SBK.new_zeros(())
+        normalizers, total = [], scores_SBK.new_zeros(())
         for scores_BK, (others_BK, count) in zip(scores_SBK, _targets_of_others(scores_SBK, targets_VBK), strict=True):
             logits_BK = scores_BK / temperature
             log_likelihood_BK = logits_BK.log_softmax(-1)  # one kernel, where logsumexp is four
             normaliser_B1 = logits_BK[:, :1] - log_likelihood_BK[:, :1]
-            normalisers.append(normaliser_B1 - (math.log(count) if count else -math.inf))
+            normalizers.append(normaliser_B1 - (math.log(count) if count else -math.inf))
             total -= torch.dot(others_BK.flatten(), log_likelihood_BK.flatten())
         ctx.temperature = temperature
-        ctx.save_for_backward(scores_SBK, targets_VBK, *normalisers)
+        ctx.save_for_backward(scores_SBK, targets_VBK, *normalizers)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        scores_SBK, targets_VBK, *normalisers = ctx.saved_tensors
+        scores_SBK, targets_VBK, *normalizers = ctx.saved_tensors
         grad_SBK = torch.empty_like(scores_SBK)
         for view, (others_BK, _) in enumerate(_targets_of_others(scores_SBK, targets_VBK)):
-            grad_BK = torch.sub(scores_SBK[view] / ctx.temperature, normalisers[view], out=grad_SBK[view])
+            grad_BK = torch.sub(scores_SBK[view] / ctx.temperature, normalizers[view], out=grad_SBK[view])
             grad_BK.exp_().sub_(others_BK)
         return grad_SBK.mul_(grad / ctx.temperature), None, None
 

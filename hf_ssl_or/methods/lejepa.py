@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from hf_ssl_or.distributed import sum_over_ranks, world_size
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, global_mean
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.randomness import keyed_generator
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -68,7 +68,7 @@ def lejepa_loss(
     knots: int = 17,
     largest_frequency: float = 3.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss of the global batch and its unweighted terms.
+    """Returns the loss of the global batch and its unweighted terms.
 
     Args:
         z_SBD: This process's projections of all views, the global ones first.

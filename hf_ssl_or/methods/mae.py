@@ -9,7 +9,7 @@ patches of an image:
 V views are images like any others, each with a mask of its own: the mean over views, with V = 1 as published.
 
 Attention does not care for the order of tokens, so the decoder takes them as kept, then masked: nothing is put back in
-place, and only what the loss reads is predicted. The encoder keeps its own (learned) positions and initialisation; the
+place, and only what the loss reads is predicted. The encoder keeps its own (learned) positions and initialization; the
 decoder has the paper's.
 """
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod, require_positive
 from hf_ssl_or.methods.decoder import Decoder, sine_cosine_positions
-from hf_ssl_or.methods.terms import full_precision, global_mean
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 from hf_ssl_or.randomness import keyed_orders
 from hf_ssl_or.settings import settings
@@ -61,7 +61,7 @@ class Config:
 
 @full_precision
 def mae_loss(predictions_MLP: Tensor, patches_MLP: Tensor, normalize: bool = True) -> Tensor:
-    """Gives the mean squared error of masked patches; a mean over images, so shards can be averaged.
+    """Returns the mean squared error of masked patches; a mean over images, so shards can be averaged.
 
     Args:
         predictions_MLP: The decoder's, for L masked patches of P values of each of M images.
@@ -81,7 +81,7 @@ def patchify(images: Tensor, size: int) -> Tensor:
 
 
 def number_kept(patches: int, mask_ratio: float) -> int:
-    """Gives how many of an image's patches are kept, rounded down as in the authors' code.
+    """Returns how many of an image's patches are kept, rounded down as in the authors' code.
 
     Raises:
         InputError: None would be kept, or none masked.

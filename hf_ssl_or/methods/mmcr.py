@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, global_mean
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -49,7 +49,7 @@ class Config(ProjectorConfig):
 
 @torch.no_grad()
 def polar_factor(x: Tensor) -> Tensor:
-    """Gives U V^T of the singular value decomposition x = U S V^T, without gradient and without decomposition.
+    """Returns U V^T of the singular value decomposition x = U S V^T, without gradient and without decomposition.
 
     Each step maps singular values s in [low, 1] by 1.5 (a s) - 0.5 (a s)^3 into [low', 1] with the largest low'
     (Chen and Chow, "A stable scaling of Newton-Schulz", 2014): 24 steps in float32, 46 in float64. Their bound on `a`
@@ -81,7 +81,7 @@ def nuclear_norm(x: Tensor) -> Tensor:
 
 @full_precision
 def mmcr_loss(z_VBD: Tensor, local_weight: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss of the global batch and its unweighted terms, from this process's projections."""
+    """Returns the loss of the global batch and its unweighted terms, from this process's projections."""
     unit_VBD = F.normalize(z_VBD, dim=-1)
     centroid_norm = nuclear_norm(gather_batch(unit_VBD.mean(0)))
     if local_weight == 0:

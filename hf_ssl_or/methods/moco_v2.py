@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.queue import FeatureQueue
-from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -55,7 +55,7 @@ class Config(MomentumConfig):
 
 @full_precision
 def moco_v2_loss(q_VBD: Tensor, key_VOBD: Tensor, queue_VQD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Gives the loss and the mean cosine of positive pairs; means over images, so shards can be averaged.
+    """Returns the loss and the mean cosine of positive pairs; means over images, so shards can be averaged.
 
     Args:
         q_VBD: Queries, of any length.
@@ -90,7 +90,7 @@ class Method(MomentumMethod):
         self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size, views=self.queries)
 
     def build_projector(self) -> nn.Module:
-        """Builds the projector, without batch normalisation."""
+        """Builds the projector, without batch normalization."""
         return self.projection_head(norm=False)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
@@ -103,7 +103,7 @@ class Method(MomentumMethod):
         return self.output(loss, {"positive_cosine": cosine}, q_VBD)
 
     def keys(self, views_VBCHW: Tensor) -> Tensor:
-        """Gives for each query the teacher's keys of the other views, from the next one on: (queries, V - 1, B, D)."""
+        """Returns for each query the teacher's keys of the other views, the next one first: (queries, V - 1, B, D)."""
         if not self.config.symmetric:
             return self.queue.unit(self.targets(views_VBCHW[1:]))[None]
         key_VBD = self.queue.unit(self.targets(views_VBCHW))

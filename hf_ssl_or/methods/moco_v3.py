@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch, rank
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.functional import contrast, full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
-from hf_ssl_or.methods.terms import contrast, full_precision, global_mean, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -31,7 +31,7 @@ class Config(MomentumConfig):
     Attributes:
         temperature: Divides the cosines.
         predictor_hidden: Width of the predictor's hidden layer.
-        predictor_norm: Batch normalisation at the predictor's end too.
+        predictor_norm: Batch normalization at the predictor's end too.
     """
 
     projector_hidden: int = 4096  # the paper; solo-learn, CIFAR
@@ -49,7 +49,7 @@ class Config(MomentumConfig):
 
 @full_precision
 def moco_v3_loss(p_VBD: Tensor, key_VND: Tensor, temperature: float, first: int = 0) -> Tensor:
-    """Gives the loss from predictions, whose first image is the keys' image `first`; shards can be averaged."""
+    """Returns the loss from predictions, whose first image is the keys' image `first`; shards can be averaged."""
     return 4 * temperature * contrast(p_VBD, key_VND, temperature, first)
 
 
@@ -73,7 +73,7 @@ class Method(MomentumMethod):
         self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden, last_norm=config.predictor_norm)
 
     def build_projector(self) -> nn.Module:
-        """Builds the projector, with batch normalisation at its end."""
+        """Builds the projector, with batch normalization at its end."""
         return self.projection_head(last_norm=True)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

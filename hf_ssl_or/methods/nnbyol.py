@@ -1,4 +1,4 @@
-"""NNBYOL (solo-learn, after NNCLR, ICCV 2021): BYOL whose targets are nearest neighbours among earlier images.
+"""NNBYOL (solo-learn, after NNCLR, ICCV 2021): BYOL whose targets are nearest neighbors among earlier images.
 
 With p_v the predictions of the student, t_u the projections of the momentum teacher, and nn(t) the feature with the
 largest cosine in a queue of the teacher's projections of earlier batches:
@@ -6,7 +6,7 @@ largest cosine in a queue of the teacher's projections of earlier batches:
     loss = 4 - 4 mean_{v != u} cos(p_v, nn(t_u))
 
 over images and ordered pairs of views: BYOL's loss with nn(t_u) for t_u, so V = 2 is solo-learn's sum of both
-directions and V views cost V, each against the mean of the other views' neighbours. As in solo-learn, the queue takes
+directions and V views cost V, each against the mean of the other views' neighbors. As in solo-learn, the queue takes
 the projections of one view, the first.
 """
 
@@ -28,7 +28,7 @@ class Config(byol.Config):
     """Settings of NNBYOL, with BYOL's defaults, as in solo-learn's CIFAR recipes.
 
     Attributes:
-        queue_size: Q, among how many earlier images neighbours are sought; a multiple of the batch size.
+        queue_size: Q, among how many earlier images neighbors are sought; a multiple of the batch size.
     """
 
     queue_size: int = 65536  # solo-learn, CIFAR
@@ -51,7 +51,7 @@ class Method(byol.Method):
         self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
 
     def targets(self, views_VBCHW: Tensor) -> Tensor:
-        """Gives the queue's nearest neighbours of the teacher's projections, of this process's views: (V, B, D)."""
+        """Returns the queue's nearest neighbors of the teacher's projections, of this process's views: (V, B, D)."""
         target_VBD = super().targets(views_VBCHW)
         self.fresh_ND = gather_batch(self.queue.unit(target_VBD[0]))
         return self.queue.nearest(target_VBD)

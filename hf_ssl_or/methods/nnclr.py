@@ -1,4 +1,4 @@
-"""NNCLR (Dwibedi et al., ICCV 2021): an image's positive is its nearest neighbour among earlier images.
+"""NNCLR (Dwibedi et al., ICCV 2021): an image's positive is its nearest neighbor among earlier images.
 
 With z_v the projections of view v, p_u the predictions of view u, and nn(z) the feature with the largest cosine in a
 queue of projections of earlier batches, which gets no gradient:
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import contrast, full_precision, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.queue import FeatureQueue
-from hf_ssl_or.methods.terms import contrast, full_precision, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -33,7 +33,7 @@ class Config(ProjectorConfig):
     Attributes:
         predictor_hidden: Width of the predictor's hidden layer.
         temperature: Divides the cosines.
-        queue_size: Q, among how many earlier images neighbours are sought; a multiple of the batch size.
+        queue_size: Q, among how many earlier images neighbors are sought; a multiple of the batch size.
     """
 
     projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
@@ -49,10 +49,10 @@ class Config(ProjectorConfig):
 
 
 @full_precision
-def nnclr_loss(p_VND: Tensor, neighbour_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss, and the mean cosine of positive pairs, from the predictions of the global batch."""
-    cosine = -negative_cosine(p_VND, neighbour_VND)
-    return contrast(neighbour_VND, p_VND, temperature), {"positive_cosine": cosine}
+def nnclr_loss(p_VND: Tensor, neighbor_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss, and the mean cosine of positive pairs, from the predictions of the global batch."""
+    cosine = -negative_cosine(p_VND, neighbor_VND)
+    return contrast(neighbor_VND, p_VND, temperature), {"positive_cosine": cosine}
 
 
 class Method(ProjectionMethod):
@@ -78,19 +78,19 @@ class Method(ProjectionMethod):
         self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
 
     def build_projector(self) -> nn.Module:
-        """Builds the projector, with batch normalisation (here with scale and shift, as published) at its end."""
+        """Builds the projector, with batch normalization (here with scale and shift, as published) at its end."""
         head = self.projection_head(last_norm=True)
         head.mlp[-1] = nn.BatchNorm1d(head.out_features)
         return head
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
-        """Compares the neighbours of each view with the predictions of the others."""
+        """Compares the neighbors of each view with the predictions of the others."""
         z_VBD = self.projector(self.encode(batch.views_VBCHW))
         p_VBD = self.predictor(z_VBD)
         own = torch.cat([self.queue.nearest(z_VBD), self.queue.unit(z_VBD[:1])])
         gathered = gather_batch(own, dim=1)
-        neighbour_VND, self.fresh_ND = gathered[:-1], gathered[-1]
-        loss, terms = nnclr_loss(gather_batch(p_VBD, dim=1), neighbour_VND, self.config.temperature)
+        neighbor_VND, self.fresh_ND = gathered[:-1], gathered[-1]
+        loss, terms = nnclr_loss(gather_batch(p_VBD, dim=1), neighbor_VND, self.config.temperature)
         return self.output(loss, terms, p_VBD)
 
     def on_step_end(self, step: int, total_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A queue of features of earlier batches: negatives, nearest neighbours, or more samples for Sinkhorn's balance."""
+"""A queue of features of earlier batches: negatives, nearest neighbors, or more samples for Sinkhorn's balance."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
-        """Gives for every row of (..., D) the unit vector of the queue with the largest cosine, (..., D)."""
+        """Returns for every row of (..., D) the unit vector of the queue with the largest cosine, (..., D)."""
         with torch.autocast(features.device.type, enabled=False):  # in half precision many would be as near
             cosines = self.unit(features) @ self.features_QD.T
         return self.features_QD[cosines.argmax(-1)]

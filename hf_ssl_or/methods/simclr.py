@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, info_nce
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, info_nce
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -39,7 +39,7 @@ class Config(ProjectorConfig):
 
 @full_precision
 def simclr_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
+    """Returns the loss, and the mean cosine of positive pairs, from the projections of the global batch."""
     loss, positive_cosine = info_nce(z_VND, temperature)
     return loss, {"positive_cosine": positive_cosine}
 
@@ -48,7 +48,7 @@ class Method(ProjectionMethod):
     """SimCLR for any number of views."""
 
     config_class = Config
-    views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the paper, CIFAR: colour strength 0.5, no blur
+    views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the paper, CIFAR: color strength 0.5, no blur
     citation = """@inproceedings{chen2020simple,
   title = {A Simple Framework for Contrastive Learning of Visual Representations},
   author = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},

@@ -8,7 +8,7 @@ With p_v the predictions and z_u the projections of one network, sg the stop-gra
 over images, ordered pairs and views. Two views have one target each, so both are the published loss. "pairs" is its
 mean over pairs; as the cosine is linear in z_u / |z_u|, that is the product with the mean of the other views' unit
 vectors, at cost V. "mean" is FastSiam (Pototzky et al., GCPR 2022) with all other views as targets: projections are
-averaged as they are, at the length that batch normalisation gave them, and the mean is scaled to unit length. So an
+averaged as they are, at the length that batch normalization gave them, and the mean is scaled to unit length. So an
 image whose targets disagree weighs as much as any other, where "pairs" weighs it by their agreement.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, global_mean, mean_of_others, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
-from hf_ssl_or.methods.terms import full_precision, global_mean, mean_of_others, negative_cosine
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -51,7 +51,7 @@ class Config(ProjectorConfig):
 
 @full_precision
 def simsiam_loss(p_VND: Tensor, z_VND: Tensor, target: Target = "pairs") -> Tensor:
-    """Gives the loss from predictions and projections; a mean over images, so shards can be averaged.
+    """Returns the loss from predictions and projections; a mean over images, so shards can be averaged.
 
     Args:
         p_VND: The predictions.
@@ -81,7 +81,7 @@ class Method(ProjectionMethod):
         self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
 
     def build_projector(self) -> nn.Module:
-        """Builds the projector, whose output is batch-normalised too."""
+        """Builds the projector, whose output is batch-normalized too."""
         return self.projection_head(last_norm=True)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

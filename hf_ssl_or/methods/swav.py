@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch, rank
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
 from hf_ssl_or.methods.queue import FeatureQueue
-from hf_ssl_or.methods.terms import full_precision, global_mean
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class MomentumTeacher(nn.Module):
     """Exponential moving average of an encoder and its projector, never trained by gradient.
 
-    Only parameters are averaged. Batch normalisation keeps statistics of the teacher's own forwards, as the published
+    Only parameters are averaged. Batch normalization keeps statistics of the teacher's own forwards, as the published
     methods do. He et al., "Momentum contrast", CVPR 2020, eq. 2.
 
     Args:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from hf_ssl_or.methods import vicreg
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod
-from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
+from hf_ssl_or.methods.base_methods import ProjectionMethod
+from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -54,14 +54,14 @@ class Config(vicreg.Config):
 def vibcreg_loss(
     z_VND: Tensor, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 200.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss and its unweighted terms, from the projections of the global batch."""
+    """Returns the loss and its unweighted terms, from the projections of the global batch."""
     images, dim = z_VND.shape[1:]
     others_VND = mean_of_others(z_VND)
     invariance = (z_VND - others_VND).square().mean()
     batches = z_VND if len(z_VND) == 2 else torch.cat([z_VND, others_VND])  # two views are each other's "others"
-    centred = batches - batches.mean(1, keepdim=True)
-    variance = 2 * variance_hinge(centred.square().sum(1) / (images - 1))
-    unit = F.normalize(centred, dim=1)
+    centerd = batches - batches.mean(1, keepdim=True)
+    variance = 2 * variance_hinge(centerd.square().sum(1) / (images - 1))
+    unit = F.normalize(centerd, dim=1)
     covariance = 2 * product_split(unit, unit)[1].mean() / dim**2
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
@@ -85,9 +85,9 @@ def newton_whitening(x_VND: Tensor, group: int, steps: int = 5, eps: float = 1e-
     """
     x_VGCN = x_VND.mT.unflatten(1, (-1, group))
     mean = x_VGCN.mean(-1, keepdim=True)
-    centred = x_VGCN - mean
+    centerd = x_VGCN - mean
     identity = torch.eye(group, dtype=x_VND.dtype, device=x_VND.device)
-    covariance = centred @ centred.mT / x_VND.shape[1] + eps * identity
+    covariance = centerd @ centerd.mT / x_VND.shape[1] + eps * identity
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scaled, power = covariance / trace, identity
     for _ in range(steps):
@@ -97,7 +97,7 @@ def newton_whitening(x_VND: Tensor, group: int, steps: int = 5, eps: float = 1e-
 
 @full_precision
 def apply_whitening(x_VND: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
-    """Gives matrix (x - mean) for every group of dimensions, (V, N, D)."""
+    """Returns matrix (x - mean) for every group of dimensions, (V, N, D)."""
     x_VGCN = x_VND.mT.unflatten(1, (-1, mean.shape[-2]))
     return (matrix @ (x_VGCN - mean)).flatten(1, 2).mT
 
@@ -105,7 +105,7 @@ def apply_whitening(x_VND: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
 class IterNorm(nn.Module):
     """Whitens groups of dimensions over the batch, each view by itself; then scales and shifts each dimension.
 
-    Unlike batch normalisation it takes the global batch, gathered before: all processes compute the same.
+    Unlike batch normalization it takes the global batch, gathered before: all processes compute the same.
 
     Args:
         dim: D, the width of the input.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, mean_of_others, product_split, variance_hinge
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -50,15 +50,15 @@ class Config(ProjectorConfig):
 def vicreg_loss(
     z_VND: Tensor, invariance_weight: float = 25.0, variance_weight: float = 25.0, covariance_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss and its unweighted terms, from the projections of the global batch."""
+    """Returns the loss and its unweighted terms, from the projections of the global batch."""
     views, images, dim = z_VND.shape
     constant_VND = z_VND.detach()  # for means: the gradients below sum to 0 over views and over images
     to_others = views / (views - 1)  # times as far as to the mean of all
     invariance = to_others**2 * F.mse_loss(z_VND, constant_VND.mean(0).expand_as(z_VND))
-    centred = z_VND - constant_VND.mean(1, keepdim=True)
+    centerd = z_VND - constant_VND.mean(1, keepdim=True)
     if views > 2:  # two views are each other's "others"
-        centred = torch.cat([centred, mean_of_others(centred)])
-    squares, off_diagonal = product_split(centred, centred)
+        centerd = torch.cat([centerd, mean_of_others(centerd)])
+    squares, off_diagonal = product_split(centerd, centerd)
     variance = variance_hinge(squares / (images - 1))
     covariance = 2 * off_diagonal.mean() / ((images - 1) ** 2 * dim)
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance

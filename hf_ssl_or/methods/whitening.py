@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_ssl_or.methods.terms import full_precision, product_split, variance_hinge
+from hf_ssl_or.methods.functional import full_precision, product_split, variance_hinge
 from hf_ssl_or.settings import settings
 
 
@@ -32,12 +32,12 @@ class WhiteningConfig:
 
 @full_precision
 def feature_whitening(z_VND: Tensor, covariance: float = 0.004) -> Tensor:
-    """Gives 2 mean_v (h(z_v) + covariance c(z_v)), h and c as in `hf_ssl_or.methods.vicreg`.
+    """Returns 2 mean_v (h(z_v) + covariance c(z_v)), h and c as in `hf_ssl_or.methods.vicreg`.
 
     Two views give the sum of both views' terms, as solo-learn computes them.
     """
     images, dim = z_VND.shape[1:]
-    centred = z_VND - z_VND.mean(1, keepdim=True)
-    squares, off_diagonal = product_split(centred, centred)
+    centerd = z_VND - z_VND.mean(1, keepdim=True)
+    squares, off_diagonal = product_split(centerd, centerd)
     variance = variance_hinge(squares / (images - 1))
     return 2 * (variance + covariance * off_diagonal.mean() / ((images - 1) ** 2 * dim))

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.families import ProjectionMethod, ProjectorConfig
-from hf_ssl_or.methods.terms import full_precision, mean_of_others
+from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.functional import full_precision, mean_of_others
 from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
@@ -80,23 +80,23 @@ def sub_batch_size(config: Config, batch_size: int) -> int:
 
 @full_precision
 def whiten(x_MD: Tensor, eps: float = 0.0) -> Tensor:
-    """Gives M rows, (..., M, D), zero mean and, for `eps` 0, the identity as (unbiased) covariance.
+    """Returns M rows, (..., M, D), zero mean and, for `eps` 0, the identity as (unbiased) covariance.
 
     Where a covariance has no full rank all becomes NaN: to raise an error here would be to wait for the device.
     """
     images, dim = x_MD.shape[-2:]
-    centred = x_MD - x_MD.mean(-2, keepdim=True)
-    covariance = centred.mT @ centred / (images - 1)
+    centerd = x_MD - x_MD.mean(-2, keepdim=True)
+    covariance = centerd.mT @ centerd / (images - 1)
     if eps > 0:
         covariance = (1 - eps) * covariance + eps * torch.eye(dim, dtype=x_MD.dtype, device=x_MD.device)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     factor = factor.masked_fill((failed > 0)[..., None, None], torch.nan)
-    return torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+    return torch.linalg.solve_triangular(factor, centerd.mT, upper=False).mT
 
 
 @full_precision
 def wmse_loss(z_VND: Tensor, order_PN: Tensor, size: int, eps: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gives the loss, and the mean cosine of whitened views, from the projections of the global batch.
+    """Returns the loss, and the mean cosine of whitened views, from the projections of the global batch.
 
     Args:
         z_VND: The projections.

@@ -134,7 +134,7 @@ def split_revision(source: str) -> tuple[str, str | None]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Lists the files that an index of sharded safetensors names, all of which must be its neighbours.
+    """Lists the files that an index of sharded safetensors names, all of which must be its neighbors.
 
     Raises:
         ValueError: The index is damaged, or names a file elsewhere or of another kind.
@@ -211,7 +211,7 @@ class _Checkpoint:
             raise ValueError(f"init_from: {self.source} is a {self.config['architecture']}, not a {name}")
 
     def settings(self, config_class: type[SSLConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Gives the options that shape the net, and the further arguments of timm."""
+        """Returns the options that shape the net, and the further arguments of timm."""
         saved = self.config if self.is_ours else self.config.get("model_args", {})
         named = {_TIMM_NAMES.get(key, key): value for key, value in saved.items() if value is not None}
         known = {field.name for field in fields(config_class)}
@@ -224,7 +224,7 @@ class _Checkpoint:
         return options, {key: value for key, value in arguments.items() if key not in taken}
 
     def read(self) -> dict[str, Tensor]:
-        """Gives the weights by timm's names, without a head."""
+        """Returns the weights by timm's names, without a head."""
         weights, marker = self._read_files(), "timm_model."
         if any(marker in key for key in weights):
             return {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}

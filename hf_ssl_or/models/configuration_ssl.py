@@ -63,7 +63,7 @@ class OrthogonalityConfig:
                 raise ValueError(f"{name}: at least {least}, not {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values for JSON or YAML."""
+        """Returns plain values for JSON or YAML."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -114,7 +114,7 @@ def list_architectures(model_type: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Gives the hint about the nearest known name, to end an error message with."""
+    """Returns the hint about the nearest known name, to end an error message with."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""
 
@@ -191,7 +191,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__setattr__(key, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values for JSON."""
+        """Returns plain values for JSON."""
         output = super().to_dict()
         if isinstance(self.orthogonality, OrthogonalityConfig):
             output["orthogonality"] = self.orthogonality.to_dict()
@@ -199,11 +199,11 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         return output
 
     def timm_arguments(self) -> tuple[str, dict[str, Any]]:
-        """Gives the name and the keyword arguments with which `timm.create_model` builds this net."""
+        """Returns the name and the keyword arguments with which `timm.create_model` builds this net."""
         return self.architecture, {"num_classes": 0, "in_chans": self.num_channels, **self.model_args}
 
     def outline(self) -> Any:
-        """Gives timm's net on the meta device (shared: not to be changed), which knows every shape."""
+        """Returns timm's net on the meta device (shared: not to be changed), which knows every shape."""
         name, arguments = self.timm_arguments()
         if not timm.is_model(name) or "." in name:
             known = list_architectures(self.model_type)
@@ -265,7 +265,7 @@ class SSLResNetConfig(SSLConfig):
     channels: list[int] | None = None
 
     def timm_arguments(self) -> tuple[str, dict[str, Any]]:
-        """Gives the name and the keyword arguments with which `timm.create_model` builds this net, stem apart."""
+        """Returns the name and the keyword arguments with which `timm.create_model` builds this net, stem apart."""
         _, arguments = super().timm_arguments()
         name, own = OWN_RESNETS.get(self.architecture, (self.architecture, {}))
         if self.channels is not None:
@@ -317,7 +317,7 @@ class SSLViTConfig(SSLConfig):
     pooling: Literal["token", "avg"] | None = None
 
     def timm_arguments(self) -> tuple[str, dict[str, Any]]:
-        """Gives the name and the keyword arguments with which `timm.create_model` builds this net."""
+        """Returns the name and the keyword arguments with which `timm.create_model` builds this net."""
         name, arguments = super().timm_arguments()
         own = {"img_size": self.image_size, "patch_size": self.patch_size, "global_pool": self.pooling}
         own = {key: value for key, value in own.items() if value is not None}

@@ -86,7 +86,7 @@ class SSLModel(SSLPreTrainedModel):
 
     @staticmethod
     def build_timm_model(config: Any) -> nn.Module:
-        """Builds the net with timm's own initialisation."""
+        """Builds the net with timm's own initialization."""
         name, arguments = config.timm_arguments()
         return timm.create_model(name, pretrained=False, **arguments)
 
@@ -102,7 +102,7 @@ class SSLModel(SSLPreTrainedModel):
         """Encodes images.
 
         Args:
-            pixel_values: Normalised images (B, C, H, W).
+            pixel_values: Normalized images (B, C, H, W).
             output_hidden_states: Also gives the stem's output and that of every stage (every block of a ViT).
             interpolate_pos_encoding: Take images of other sizes than `config.image_size`. A ResNet takes any size; a
                 ViT resamples its position embeddings, or refuses with False.
@@ -150,7 +150,7 @@ class SSLModel(SSLPreTrainedModel):
         raise ValueError(f"kept_patches: {self.config.architecture} takes whole images, it has no patches")
 
     def stages(self) -> Iterable[Iterable[Any]]:
-        """Gives the blocks of each stage."""
+        """Returns the blocks of each stage."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
@@ -158,11 +158,11 @@ class SSLModel(SSLPreTrainedModel):
         raise NotImplementedError
 
     def stage_widths(self) -> list[int]:
-        """Gives the channels of the stem's output and of every stage."""
+        """Returns the channels of the stem's output and of every stage."""
         raise NotImplementedError
 
     def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
-        """Gives hidden state `index` of images of `size` (H, W) as a map (B, channels, H', W')."""
+        """Returns hidden state `index` of images of `size` (H, W) as a map (B, channels, H', W')."""
         raise NotImplementedError
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -172,9 +172,9 @@ class SSLModel(SSLPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Gives every tensor that no checkpoint filled the value it has in a fresh net, all at the first call.
+        """Returns every tensor that no checkpoint filled the value it has in a fresh net, all at the first call.
 
-        Whatever the net is, this is timm's own initialisation; `init.copy_` leaves loaded tensors alone.
+        Whatever the net is, this is timm's own initialization; `init.copy_` leaves loaded tensors alone.
         """
         with torch.device("cpu"):
             fresh = self.build_timm_model(self.config)
@@ -248,7 +248,7 @@ class SSLForImageClassification(SSLPreTrainedModel):
         """Classifies images.
 
         Args:
-            pixel_values: Normalised images (B, C, H, W).
+            pixel_values: Normalized images (B, C, H, W).
             labels: Labels (B), for the loss that `config.problem_type` names.
             output_hidden_states: As for the encoder.
             interpolate_pos_encoding: As for the encoder.
@@ -297,10 +297,10 @@ class SSLBackbone(BackboneMixin, SSLPreTrainedModel):
         interpolate_pos_encoding: bool = True,
         return_dict: bool | None = None,
     ) -> BackboneOutput:
-        """Gives feature maps.
+        """Returns feature maps.
 
         Args:
-            pixel_values: Normalised images (B, C, H, W).
+            pixel_values: Normalized images (B, C, H, W).
             output_hidden_states: Also gives all hidden states.
             interpolate_pos_encoding: As for the encoder.
             return_dict: False gives a tuple.

@@ -48,7 +48,7 @@ class SSLResNetModel(SSLModel):
 
     @staticmethod
     def build_timm_model(config: Any) -> nn.Module:
-        """Builds the net with timm's own initialisation, and with the stem of `config.stem`."""
+        """Builds the net with timm's own initialization, and with the stem of `config.stem`."""
         name, arguments = config.timm_arguments()
         if config.architecture in OWN_RESNETS:
             arguments["norm_layer"] = _plain_norm
@@ -68,7 +68,7 @@ class SSLResNetModel(SSLModel):
         return net.maxpool(net.act1(net.bn1(net.conv1(pixel_values))))
 
     def stages(self) -> Iterable[Iterable[Any]]:
-        """Gives the residual blocks of each stage."""
+        """Returns the residual blocks of each stage."""
         net = self.timm_model
         if isinstance(net, ResNetV2):
             return [cast(nn.Sequential, stage.blocks) for stage in net.stages]
@@ -79,11 +79,11 @@ class SSLResNetModel(SSLModel):
         return F.relu(self.timm_model.norm(x)) if isinstance(self.timm_model, ResNetV2) else x
 
     def stage_widths(self) -> list[int]:
-        """Gives the channels of the stem's output and of every stage."""
+        """Returns the channels of the stem's output and of every stage."""
         return [info["num_chs"] for info in self.timm_model.feature_info]
 
     def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
-        """Gives hidden state `index` (B, channels, H', W'), the last one after the last norm."""
+        """Returns hidden state `index` (B, channels, H', W'), the last one after the last norm."""
         states: Any = output.hidden_states
         return (*states[:-1], output.last_hidden_state)[index]
 

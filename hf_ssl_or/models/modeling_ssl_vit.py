@@ -37,17 +37,17 @@ class SSLViTModel(SSLModel):
 
     @staticmethod
     def build_timm_model(config: Any) -> nn.Module:
-        """Builds the net with timm's own initialisation."""
+        """Builds the net with timm's own initialization."""
         net = SSLModel.build_timm_model(config)
         net.__class__ = EmbeddingVisionTransformer
         return net
 
     def get_input_embeddings(self) -> nn.Module:
-        """Gives the layer that images enter by."""
+        """Returns the layer that images enter by."""
         return self.timm_model.patch_embed
 
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
-        """Gives the tokens of images (B, C, H, W) with their positions (B, tokens, hidden_size)."""
+        """Returns the tokens of images (B, C, H, W) with their positions (B, tokens, hidden_size)."""
         height, width = pixel_values.shape[-2:]
         size, patch = self.config.image_size, self.config.patch_size
         if not interpolate_pos_encoding and (height, width) != (size, size):
@@ -57,7 +57,7 @@ class SSLViTModel(SSLModel):
         return self.timm_model(pixel_values, embed_only=True)
 
     def keep_patches(self, x: Tensor, kept_patches: Tensor) -> Tensor:
-        """Gives the prefix tokens and the patches of indices (B, kept): (B, prefix + kept, hidden_size)."""
+        """Returns the prefix tokens and the patches of indices (B, kept): (B, prefix + kept, hidden_size)."""
         if kept_patches.dim() != 2 or len(kept_patches) != len(x):
             raise ValueError(f"kept_patches: expected shape ({len(x)}, kept), not {tuple(kept_patches.shape)}")
         if not isinstance(self.timm_model.patch_drop, nn.Identity):
@@ -66,7 +66,7 @@ class SSLViTModel(SSLModel):
         return torch.cat([prefix, torch.take_along_dim(patches, kept_patches[..., None], dim=1)], dim=1)
 
     def stages(self) -> Iterable[Iterable[Any]]:
-        """Gives the transformer blocks, each as a stage of its own."""
+        """Returns the transformer blocks, each as a stage of its own."""
         return [[block] for block in self.timm_model.blocks]
 
     def finish(self, x: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ class SSLViTModel(SSLModel):
         return self.timm_model.norm(x)
 
     def stage_widths(self) -> list[int]:
-        """Gives the width of the embedding and of every block."""
+        """Returns the width of the embedding and of every block."""
         return [self.timm_model.embed_dim] * (len(self.timm_model.blocks) + 1)
 
     def feature_map(self, output: BaseModelOutputWithPooling, index: int, size: torch.Size) -> Tensor:
-        """Gives the patches' hidden state `index`, after the last norm, as a map (B, hidden_size, H', W')."""
+        """Returns the patches' hidden state `index`, after the last norm, as a map (B, hidden_size, H', W')."""
         net, patch = self.timm_model, self.config.patch_size
         states: Any = output.hidden_states
         patches = net.norm(states[index])[:, net.num_prefix_tokens :]

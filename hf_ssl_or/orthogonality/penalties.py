@@ -81,7 +81,7 @@ def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same with gradients in closed form, no graph, no host synchronisation: (L, O, I) -> (L,) and (L, O, I)
+# The same with gradients in closed form, no graph, no host synchronization: (L, O, I) -> (L,) and (L, O, I)
 
 
 def so_and_grad(w_LOI: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.distributed import local_part, rank, shard_like, whole_each
+from hf_ssl_or.distributed import gather_full_tensors, local_part, rank, shard_like
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality import penalties
@@ -135,7 +135,7 @@ class OrthogonalityRegularizer:
     def add_gradients(self) -> Tensor:
         """Adds the gradient of `penalty()` to the weights' `.grad`, in closed form, and advances SRIP's vectors.
 
-        Matrices of one shape share batched products; there is no graph and no host synchronisation. Call it where
+        Matrices of one shape share batched products; there is no graph and no host synchronization. Call it where
         gradients are final: after the all-reduce, once for all accumulation steps, unscaled. At steps without penalty
         (`every`, a weight or factor of 0) it does nothing.
 
@@ -234,7 +234,7 @@ class OrthogonalityRegularizer:
                 groups[key].append((site, weight))
         for (_, dtype, *_), members in groups.items():
             sites, weights = [site for site, _ in members], [weight for _, weight in members]
-            gathered = whole_each(weights)  # sharded ones: this group's alone, one at a time
+            gathered = gather_full_tensors(weights)  # sharded ones: this group's alone, one at a time
             stacks = [site.matrices(weight) for site, weight in zip(sites, gathered, strict=True)]
             w_LOI = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
             yield sites, weights, w_LOI.to(torch.promote_types(dtype, torch.float32))

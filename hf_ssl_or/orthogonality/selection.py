@@ -164,7 +164,7 @@ def select(module: nn.Module, config: OrthogonalityConfig) -> Selection:
     included = _include(config.include, names, default) if config.include else default
     excluded = _matches("exclude", config.exclude, names)
     if refused := sorted(made_of & included - excluded.keys()):
-        raise InputError(f"orthogonality: {refused[0]!r} is parametrised, not a parameter; add it to exclude")
+        raise InputError(f"orthogonality: {refused[0]!r} is parametrized, not a parameter; add it to exclude")
     sites, skipped = [], {}
     for name in weights:
         if name in unusable:

@@ -48,7 +48,7 @@ class Section:
     rows: Sequence[Sequence[Tile]]
 
 
-def draw_findings(
+def plot_findings(
     findings: Findings,
     files: Sequence[str],
     thumbnails: Callable[[Sequence[int]], dict[int, np.ndarray]],
@@ -72,7 +72,7 @@ def draw_findings(
         return Tile(pictures[int(i)], _short(files[i]), note, marked)
 
     sections = [Section(heading, [[tile(*entry) for entry in row] for row in rows]) for heading, rows in planned]
-    draw_contact_sheet(sections, path)
+    plot_contact_sheet(sections, path)
 
 
 # A heading and its rows of (place of the image, note, whether it is marked).
@@ -118,7 +118,7 @@ def _short(file: str) -> str:
     return file.split(" in ")[0].split(" of ")[0].rsplit("/", 1)[-1]
 
 
-def draw_contact_sheet(sections: Sequence[Section], path: Path) -> None:
+def plot_contact_sheet(sections: Sequence[Section], path: Path) -> None:
     """Writes a PNG.
 
     Args:

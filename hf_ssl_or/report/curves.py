@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from hf_ssl_or.report.reading import Run
+from hf_ssl_or.report.run_reader import Run
 from hf_ssl_or.report.style import (
     Drawn,
     add_legend,
@@ -54,7 +54,7 @@ _NOT_DRAWN = {"step", "epoch", "dimension", "samples"}
 Series = dict[str, list[dict[str, Any]]]
 
 
-def draw_losses(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_losses(runs: Sequence[Run], folder: Path) -> Drawn | None:
     """Draws the loss, its terms, the penalty and the learning rate of every run over its steps."""
     lines = {run.name: run.train for run in runs}
     names = _names(lines, first=("loss",), last=("penalty", "grad_norm", "lr"), leave=_NOT_DRAWN | set(_RATES))
@@ -62,7 +62,7 @@ def draw_losses(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return _draw(lines, names, folder, "loss", "Loss and its terms", caption)
 
 
-def draw_collapse(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_collapse(runs: Sequence[Run], folder: Path) -> Drawn | None:
     """Draws kNN accuracy, ranks and the orthogonality error of every run over its steps."""
     lines = {run.name: run.monitor for run in runs}
     names = _names(lines, first=_MEASURES, leave=_NOT_DRAWN | {"alpha_req_r2"})
@@ -73,11 +73,11 @@ def draw_collapse(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return _draw(lines, names, folder, "collapse", "Collapse measures and kNN", caption)
 
 
-def draw_throughput(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_throughput(runs: Sequence[Run], folder: Path) -> Drawn | None:
     """Draws views per second and the share of time spent waiting for data."""
     lines = {run.name: [_in_views(run, line) for line in run.train] for run in runs}
     names = [name for name in _RATES if any(name in line for run in lines.values() for line in run)]
-    caption = "Training steps alone: looks at the encoder and checkpoints are left out of the time."
+    caption = "Training steps alone: evaluations and checkpoints are left out of the time."
     return _draw(lines, names, folder, "throughput", "Throughput", caption, from_zero=True)
 
 

@@ -18,12 +18,12 @@ from markupsafe import Markup
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.report import tables
-from hf_ssl_or.report.curves import draw_collapse, draw_losses, draw_throughput
-from hf_ssl_or.report.pictures import check_umap, draw_embedding, draw_neighbours
-from hf_ssl_or.report.reading import Run, clean, read_runs
-from hf_ssl_or.report.spectra import draw_spectra_compared, draw_spectra_of_runs
+from hf_ssl_or.report.curves import plot_collapse, plot_losses, plot_throughput
+from hf_ssl_or.report.embeddings import check_umap, plot_embedding, plot_neighbors
+from hf_ssl_or.report.filters import plot_errors, plot_filters
+from hf_ssl_or.report.run_reader import Run, clean, read_runs
+from hf_ssl_or.report.spectrum_plots import plot_spectra_compared, plot_spectra_of_runs
 from hf_ssl_or.report.style import Drawn, page_colors, style
-from hf_ssl_or.report.weights import draw_errors, draw_filters
 
 _PAGE = Path(__file__).parent
 
@@ -62,30 +62,30 @@ def write_report(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figures.mkdir(parents=True, exist_ok=True)
-        sections = draw_figures(runs, figures, umap=umap)
+        sections = plot_figures(runs, figures, umap=umap)
         output.write_text(render_page(runs, sections, base=output.parent), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
     return output, [file for drawn in sections.values() for figure in drawn for file in figure.files]
 
 
-def draw_figures(runs: Sequence[Run], folder: Path, *, umap: bool = False) -> dict[str, list[Drawn]]:
+def plot_figures(runs: Sequence[Run], folder: Path, *, umap: bool = False) -> dict[str, list[Drawn]]:
     """Draws whatever the runs hold, by section of the page."""
     with style():
         sections: dict[str, list[Drawn | None]] = {
-            "training": [draw_losses(runs, folder), draw_throughput(runs, folder)],
-            "collapse": [draw_collapse(runs, folder)],
-            "spectra": [draw_spectra_compared(runs, folder), draw_spectra_of_runs(runs, folder)],
-            "weights": [draw_errors(runs, folder), draw_filters(runs, folder)],
-            "pictures": [*_neighbours(runs, folder), *draw_embedding(runs, folder, umap=umap)],
+            "training": [plot_losses(runs, folder), plot_throughput(runs, folder)],
+            "collapse": [plot_collapse(runs, folder)],
+            "spectra": [plot_spectra_compared(runs, folder), plot_spectra_of_runs(runs, folder)],
+            "weights": [plot_errors(runs, folder), plot_filters(runs, folder)],
+            "pictures": [*_neighbors(runs, folder), *plot_embedding(runs, folder, umap=umap)],
         }
     return {name: [figure for figure in drawn if figure] for name, drawn in sections.items()}
 
 
-def _neighbours(runs: Sequence[Run], folder: Path) -> Iterator[Drawn | None]:
+def _neighbors(runs: Sequence[Run], folder: Path) -> Iterator[Drawn | None]:
     for i, run in enumerate(runs, 1):
-        file, of = ("neighbours", "") if len(runs) == 1 else (f"neighbours-{i}", f" of {run.name}")
-        yield draw_neighbours(run, folder, file, title=f"Nearest neighbours{of}")
+        file, of = ("neighbors", "") if len(runs) == 1 else (f"neighbors-{i}", f" of {run.name}")
+        yield plot_neighbors(run, folder, file, title=f"Nearest neighbors{of}")
 
 
 def render_page(runs: Sequence[Run], sections: dict[str, list[Drawn]], *, base: Path) -> str:
@@ -132,7 +132,7 @@ def _relative(file: Path, base: Path) -> str:
 
 
 def _previews(runs: Sequence[Run]) -> list[Preview]:
-    """Gives each picture of views once, with the runs that share it."""
+    """Returns each picture of views once, with the runs that share it."""
     names: dict[bytes, list[str]] = {}
     for run in runs:
         if run.preview is not None:

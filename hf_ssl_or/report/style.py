@@ -1,6 +1,6 @@
-"""How every figure looks, and how it is written: PNG and SVG files, and SVG that takes the colours of the page.
+"""How every figure looks, and how it is written: PNG and SVG files, and SVG that takes the colors of the page.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart, darkened where white paper needs it; runs
+Colors are those of Okabe and Ito, which color-blind readers tell apart, darkened where white paper needs it; runs
 differ by marker too. Sizes are in inches, so that lines and letters have one size in all figures.
 """
 
@@ -91,7 +91,7 @@ class Drawn:
 
 
 def style() -> Any:
-    """Gives the context in which figures are made and saved."""
+    """Returns the context in which figures are made and saved."""
     return matplotlib.rc_context(_RC)
 
 
@@ -106,7 +106,7 @@ def run_style(i: int) -> dict[str, Any]:
 
 
 def page_colors() -> str:
-    """Gives the colours as variables of the page's style, for light paper and dark."""
+    """Returns the colors as variables of the page's style, for light paper and dark."""
     pairs = zip(COLORS, DARK_COLORS, strict=True)
     lines = [f"--c{i}: light-dark({light}, {dark});" for i, (light, dark) in enumerate(pairs)]
     return f":root {{ {' '.join(lines)} }}\n"
@@ -160,7 +160,7 @@ def panels(
 
 
 def legend_height(labels: Sequence[str], width: float) -> float:
-    """Gives the inches that `add_legend` takes in a figure of a width in inches; 0 for at most one label."""
+    """Returns the inches that `add_legend` takes in a figure of a width in inches; 0 for at most one label."""
     return 0.0 if len(labels) < 2 else 0.12 + 0.2 * -(-len(labels) // _legend_columns(labels, width))
 
 
@@ -185,7 +185,7 @@ def plot_curve(axes: Axes, x: Sequence[float], y: Sequence[float], i: int) -> No
 
 
 def set_ticks(axes: Axes, *, log: str = "") -> None:
-    """Gives axes few ticks with short labels; called when the limits are final.
+    """Returns axes few ticks with short labels; called when the limits are final.
 
     Args:
         axes: The axes.
@@ -243,9 +243,9 @@ _VARIABLES = {
 
 
 def inline_svg(text: str, prefix: str) -> str:
-    """Makes matplotlib's SVG fit for a page: without prolog, with ids of its own, in the colours of the page's theme.
+    """Makes matplotlib's SVG fit for a page: without prolog, with ids of its own, in the colors of the page's theme.
 
-    The page names `--ink`, `--faint` and `--c0` to `--c9`; other colours stay as they are.
+    The page names `--ink`, `--faint` and `--c0` to `--c9`; other colors stay as they are.
     """
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)  # a style would be the whole page's

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_ssl_or.report.curves import TITLES, views_of
-from hf_ssl_or.report.reading import Run, Score, clean, is_number
+from hf_ssl_or.report.run_reader import Run, Score, clean, is_number
 
 NONE = "\N{EN DASH}"
 _BASELINES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
@@ -64,7 +64,7 @@ def summary(runs: Sequence[Run]) -> Table:
             columns[TITLES[name] if name != "knn" else "monitor's kNN, %"] = _last(name)
     columns["views/s, median"] = _rate
     rows = [[Cell(run.name), *(column(run) for column in columns.values())] for run in runs]
-    caption = "Results of the runs; collapse measures are those of the monitor's last look"
+    caption = "Results of the runs; collapse measures are those of the monitor's last evaluation"
     return Table(caption=caption, head=["run", *columns], rows=rows, sortable=True)
 
 
@@ -77,7 +77,7 @@ def evaluations(runs: Sequence[Run]) -> Table | None:
     head = ["run", "protocol", "hash", "measure", "mean", "std", "seeds", *(_BASELINES.get(b, b) for b in baselines)]
     rows = [_score_row(run, score, baselines) for run, score in scores]
     caption = "Evaluations, accuracy in %. Only measures of one protocol hash compare. std: over seeds"
-    return Table(caption=caption, head=[*head, "learnt from \N{RIGHTWARDS ARROW} judged on"], rows=rows, sortable=True)
+    return Table(caption=caption, head=[*head, "fit on \N{RIGHTWARDS ARROW} evaluated on"], rows=rows, sortable=True)
 
 
 def recipe_differences(runs: Sequence[Run]) -> Table | None:

@@ -11,7 +11,7 @@ from hf_ssl_or.training.optim import OptimizerArguments
 
 
 @settings
-class TrainingArguments:
+class SSLTrainingArguments:
     """Settings of the training loop. Sizes and counts are those of the whole run, never of one process.
 
     Attributes:
@@ -19,9 +19,9 @@ class TrainingArguments:
         epochs: Passes over the training images.
         max_steps: Ends the run after so many steps instead of `epochs`; the schedules span these steps.
         batch_size: Images per step over all processes; each gives V views.
-        gradient_accumulation_steps: Encodes the views of all images in so many parts to save memory. Exact: the loss,
+        forward_chunks: Encodes the views of all images in so many parts to save memory. Exact: the loss,
             its statistics and the gradient stay those of the whole batch, at the price of computing activations twice.
-            With batch normalisation a part is made of whole views (batch_norm: per_view) or of blocks (global).
+            With batch normalization a part is made of whole views (batch_norm: per_view) or of blocks (global).
         optimizer: The optimizer and its learning-rate schedule.
         max_grad_norm: Clips the gradient, penalty included, to this norm; None leaves it.
         mixed_precision: "bf16" or "fp16" autocast; losses, penalties and statistics stay in float32.
@@ -34,8 +34,8 @@ class TrainingArguments:
         batch_norm: "global": statistics over all views and processes; "per_view": over each view and all processes,
             for comparison with code that forwards view by view.
         log_every: Steps between two lines of `metrics.jsonl`.
-        monitor_every: Epochs between two looks at ranks, spectra and kNN; 0 never looks.
-        monitor_images: Images that each look takes (from the training set, and from the test set for kNN).
+        monitor_every: Epochs between two evaluations of ranks, spectra and kNN; 0 for never.
+        monitor_images: Images that each evaluation takes (from the training set, and from the test set for kNN).
         save_every: Epochs between two checkpoints; the last state is always saved.
         save_steps: Steps between two checkpoints, instead of `save_every`.
         keep_last: How many checkpoints stay; None keeps all.
@@ -50,7 +50,7 @@ class TrainingArguments:
     epochs: int = 100
     max_steps: int | None = None
     batch_size: int = 256
-    gradient_accumulation_steps: int = 1
+    forward_chunks: int = 1
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
     max_grad_norm: float | int | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -72,7 +72,7 @@ class TrainingArguments:
     push_to: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "gradient_accumulation_steps", "log_every", "monitor_images", "save_every")
+        counts = ("epochs", "batch_size", "forward_chunks", "log_every", "monitor_images", "save_every")
         for name in (*counts, "max_steps", "save_steps", "keep_last"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -218,7 +218,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Only the main process saves; anyone may read, also while the run goes on.
+    """The checkpoints of one run. Only the main process saves; anyone may read, also while the run continues.
 
     Args:
         run_dir: Folder of the run; the store is its `checkpoints`.

@@ -13,26 +13,26 @@ from torch import nn
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
+from hf_ssl_or.evaluation.collapse.hidden import hidden_covariances, input_spectrum
+from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.weight_spectra import weight_spectra
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.hidden import hidden_covariances, input_spectrum
-from hf_ssl_or.evaluation.knn import knn_accuracy
-from hf_ssl_or.evaluation.spectra import CovarianceAccumulator, normalised_eigenvalues
-from hf_ssl_or.evaluation.weights import weight_spectra
+from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
-from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training.arguments import SSLTrainingArguments
 
-KNN_NEIGHBOURS = 20
+KNN_NEIGHBORS = 20
 
 
 class Monitor:
-    """Judges the encoder on a fixed, seeded sample of images.
+    """Evaluates the encoder on a fixed, seeded sample of images.
 
     Args:
         images: Training images; ranks and spectra are measured on a sample of them.
-        bank: Labelled images that vote in kNN, or None for no kNN.
-        test: Labelled images that kNN classifies, or None for no kNN.
-        arguments: Gives the sample's size, the seed and the precision.
+        bank: Labeled images that vote in kNN, or None for no kNN.
+        test: Labeled images that kNN classifies, or None for no kNN.
+        arguments: Returns the sample's size, the seed and the precision.
         device: Where the encoder runs.
     """
 
@@ -41,20 +41,20 @@ class Monitor:
         images: ImageSet,
         bank: ImageSet | None,
         test: ImageSet | None,
-        arguments: TrainingArguments,
+        arguments: SSLTrainingArguments,
         device: torch.device,
     ) -> None:
         self.arguments, self.device = arguments, device
         self.sample = self._sample(images, "monitor")
-        labelled = bank is not None and test is not None and bank.labels is not None and test.labels is not None
-        self.bank = self._sample(bank, "monitor bank") if bank is not None and labelled else None
-        self.test = self._sample(test, "monitor test") if test is not None and labelled else None
+        labeled = bank is not None and test is not None and bank.labels is not None and test.labels is not None
+        self.bank = self._sample(bank, "monitor bank") if bank is not None and labeled else None
+        self.test = self._sample(test, "monitor test") if test is not None and labeled else None
 
-    def look(self, encoder: nn.Module, spectra_path: Path) -> dict[str, float]:
+    def evaluate(self, encoder: nn.Module, spectra_path: Path) -> dict[str, float]:
         """Measures ranks, orthogonality and kNN accuracy, and writes the spectra as a `.npz` beside.
 
         Its keys are "input" (pixels), "hidden/<stage>" in order (averaged over space), "representation" and
-        "weight/<parameter>"; each holds normalised eigenvalues, see `evaluation.spectra`.
+        "weight/<parameter>"; each holds normalized eigenvalues, see `evaluation.spectra`.
 
         Returns:
             Named numbers; `knn` is the top-1 accuracy in percent.
@@ -72,7 +72,7 @@ class Monitor:
         return values
 
     def _spectra(self, encoder: nn.Module, covariances: dict[str, CovarianceAccumulator]) -> dict[str, Any]:
-        """Gives the normalised eigenvalues of the input, of every stage and the representation, and of weights."""
+        """Returns the normalized eigenvalues of the input, of every stage and the representation, and of weights."""
         features = {name: normalised_eigenvalues(moments, name) for name, moments in covariances.items()}
         weights = {f"weight/{name}": spectrum for name, spectrum in weight_spectra(encoder).items()}
         return {"input": self._input_spectrum, **features, **weights}
@@ -87,7 +87,7 @@ class Monitor:
             bank.labels,
             self._features(encoder, test),
             test.labels,
-            k=min(KNN_NEIGHBOURS, len(bank)),
+            k=min(KNN_NEIGHBORS, len(bank)),
         )
         return next(iter(accuracy.values()))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ssl_or.distributed import lengths, local_part
+from hf_ssl_or.distributed import local_part, tensor_norms
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.settings import settings
 
@@ -204,8 +204,8 @@ class LARS(torch.optim.Optimizer):
 
 def _trust_ratios(weights: list[Tensor], group: dict[str, Any]) -> Any:
     """Computes q of every weight, as scalars on the device."""
-    param_norm_P = lengths(weights)
-    grad_norm_P = lengths([weight.grad for weight in weights if weight.grad is not None])
+    param_norm_P = tensor_norms(weights)
+    grad_norm_P = tensor_norms([weight.grad for weight in weights if weight.grad is not None])
     ratio_P = group["eta"] * param_norm_P / (grad_norm_P + group["weight_decay"] * param_norm_P + group["eps"])
     if group["clip"]:
         ratio_P = (ratio_P / max(group["lr"], torch.finfo(torch.float32).tiny)).clamp(max=1)
@@ -224,19 +224,19 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         Length of the gradient before, a scalar on the device.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(lengths(grads))
+    norm = torch.linalg.vector_norm(tensor_norms(grads))
     torch._foreach_mul_([local_part(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1))
     return norm
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, arguments: OptimizerArguments) -> float:
-    """Gives the learning rate of a step as a share of its peak: a function of the step alone, so resume is exact.
+    """Returns the learning rate of a step as a share of its peak: a function of the step alone, so resume is exact.
 
     Args:
         step: Step of the run, from 0.
         total_steps: Steps of the whole run; the cosine reaches its minimum there.
         warmup_steps: Steps of the linear warm-up; the peak is at this step.
-        arguments: Gives the schedule and its minimum.
+        arguments: Returns the schedule and its minimum.
 
     Returns:
         A factor in [0, 1].

@@ -87,7 +87,7 @@ class Clock:
         self.resume()
 
     def resume(self) -> None:
-        """Goes on after a look or a checkpoint, which is not training time."""
+        """Goes on after an evaluation or a checkpoint, which is not training time."""
         self._started, self._waited = self.now(), self.loader.wait_s
 
     def tick(self) -> None:

@@ -1,4 +1,4 @@
-"""Saving a checkpoint while training goes on: the loop waits for a copy in memory, and a thread writes the copy."""
+"""Saving a checkpoint while training continues: the loop waits for a copy in memory, and a thread writes the copy."""
 
 from __future__ import annotations
 

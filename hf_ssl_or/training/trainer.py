@@ -28,10 +28,9 @@ from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
-from hf_ssl_or.training import sharding
-from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training import fsdp
+from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors
-from hf_ssl_or.training.interruption import StopRequest, TrainingInterrupted
 from hf_ssl_or.training.lock import RunLock
 from hf_ssl_or.training.log import Meter, MetricLog
 from hf_ssl_or.training.memory import keep_freed_memory
@@ -39,13 +38,14 @@ from hf_ssl_or.training.monitor import Monitor
 from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from hf_ssl_or.training.progress import Clock, RunProgress
 from hf_ssl_or.training.saving import BackgroundSaver
+from hf_ssl_or.training.signals import StopRequest, TrainingInterrupted
 
 
-class Trainer:
+class SSLTrainer:
     """Pretrains the encoder of a method on views of images.
 
     With `sharding: full` and several processes, what is trained is a sharded copy of the method, `trained`; the method
-    itself, whole on each process, gets the weights of its encoder at every look and at the end.
+    itself, whole on each process, gets the weights of its encoder at every evaluation and at the end.
 
     Args:
         method: The method with its encoder, see `hf_ssl_or.methods`.
@@ -55,15 +55,15 @@ class Trainer:
         views: Augmentation of each view, one per view.
         local_views: Augmentation of smaller views, for methods with multi-crop.
         orthogonality: Penalty on the encoder's weights; None for none.
-        bank_images: Labelled images that vote in the monitor's kNN; None takes `images`.
-        test_images: Labelled images that the monitor's kNN classifies; None for no kNN.
+        bank_images: Labeled images that vote in the monitor's kNN; None takes `images`.
+        test_images: Labeled images that the monitor's kNN classifies; None for no kNN.
         recipe: What made this run, as JSON-able data; a checkpoint of another recipe is refused.
     """
 
     def __init__(
         self,
         method: SSLMethod,
-        arguments: TrainingArguments,
+        arguments: SSLTrainingArguments,
         images: ImageSet,
         run_dir: str | Path,
         *,
@@ -77,7 +77,7 @@ class Trainer:
         self.arguments, self.images, self.run_dir, self.recipe = arguments, images, Path(run_dir), recipe or {}
         self.accelerator = build_accelerator(arguments, self.run_dir)
         self.method = self._prepare_method(method)
-        self.trained = sharding.shard(method, self.device, compile=arguments.compile) if self.sharded else self.method
+        self.trained = fsdp.shard(method, self.device, compile=arguments.compile) if self.sharded else self.method
         self.optimizer = build_optimizer(self.trained, arguments.optimizer, batch_size=arguments.batch_size)
         self.wrapped_optimizer = self.accelerator.prepare(self.optimizer)
         self.model = self.accelerator.prepare_model(self.trained, evaluation_mode=self.sharded)  # then without DDP
@@ -99,7 +99,7 @@ class Trainer:
         self.warmup_steps = round(arguments.optimizer.warmup_epochs * self.loader.steps_per_epoch)
         self.monitor = Monitor(images, bank_images or images, test_images, arguments, self.accelerator.device)
         if arguments.keep_best == "knn" and self.monitor.test is None:
-            raise InputError("training.keep_best: knn needs labelled training and test images; rankme needs none")
+            raise InputError("training.keep_best: knn needs labeled training and test images; rankme needs none")
         self.store = CheckpointStore(self.run_dir, keep_last=arguments.keep_last)
         self.saver = BackgroundSaver(self.store)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
@@ -108,7 +108,7 @@ class Trainer:
 
     @property
     def encoder(self) -> nn.Module:
-        """The encoder that is being trained, whole; while sharded training runs, as it was at the last look."""
+        """The encoder that is being trained, whole; while sharded training runs, as it was at the last evaluation."""
         return self.method.encoder
 
     @property
@@ -125,9 +125,7 @@ class Trainer:
         arguments = self.arguments
         images = arguments.batch_size // self.accelerator.num_processes
         use_global_batch_norm(method, images_per_view=images if arguments.batch_norm == "per_view" else None)
-        method.prepare_accumulation(
-            arguments.gradient_accumulation_steps, recompute_blocks=arguments.gradient_checkpointing
-        )
+        method.prepare_chunks(arguments.forward_chunks, recompute_blocks=arguments.gradient_checkpointing)
         if arguments.channels_last:
             method.use_channels_last()
         if arguments.compile and not self.sharded:
@@ -138,7 +136,7 @@ class Trainer:
     def train(self, *, resume: bool = False, on_start: Callable[[], None] = lambda: None) -> None:
         """Runs to the end, writing metrics, spectra and checkpoints into the run folder.
 
-        Processes stay connected, so that the encoder can be judged; `accelerator.end_training()` parts them.
+        Processes stay connected, so that the encoder can be evaluated; `accelerator.end_training()` parts them.
 
         Args:
             resume: Continues from the newest valid checkpoint; without one, starts at step 0.
@@ -154,7 +152,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 on_start()
             self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
-            self._put_encoder_away()
+            self._offload_encoder()
             with self.saver:
                 self._run(start, stop_request)
             if self.accelerator.is_main_process:
@@ -175,21 +173,21 @@ class Trainer:
                     log.write("train", batch.step, values)
                     progress.show(values)
                 stop = stop_request.asked(done)
-                self._look_and_save(done, stop, log, progress)
+                self._maybe_evaluate_and_save(done, stop, log, progress)
                 clock.resume()
                 if stop and done < self.total_steps:
                     raise TrainingInterrupted(f"stopped by {stop_request.name} after step {done}; its state is saved")
 
-    def _look_and_save(self, done: int, stop: bool, log: MetricLog, progress: RunProgress) -> None:
-        """Does what is due after `done` steps: judges the encoder, saves a checkpoint, marks the best one."""
+    def _maybe_evaluate_and_save(self, done: int, stop: bool, log: MetricLog, progress: RunProgress) -> None:
+        """Does what is due after `done` steps: evaluates the encoder, saves a checkpoint, marks the best one."""
         arguments, last = self.arguments, done == self.total_steps
         epoch, rest = divmod(done, self.loader.steps_per_epoch)
         look = arguments.monitor_every and (last or (rest == 0 and epoch % arguments.monitor_every == 0))
         values: dict[str, float] = {}
         if look:
             self._update_encoder()
-            values = self.monitor.look(self.encoder, self.run_dir / "spectra" / f"step-{done}.npz")
-            self._put_encoder_away()
+            values = self.monitor.evaluate(self.encoder, self.run_dir / "spectra" / f"step-{done}.npz")
+            self._offload_encoder()
             log.write("monitor", done - 1, values)
             progress.show_monitor(values)
         if arguments.save_steps is not None:
@@ -229,9 +227,9 @@ class Trainer:
     def _update_encoder(self) -> None:
         """Brings a sharded run's weights to the whole encoder, and that to the device."""
         if self.sharded:
-            sharding.update_whole(self.encoder.to(self.device), self.trained.encoder)
+            fsdp.update_full(self.encoder.to(self.device), self.trained.encoder)
 
-    def _put_encoder_away(self) -> None:
+    def _offload_encoder(self) -> None:
         if self.sharded:
             self.encoder.cpu()
 
@@ -263,7 +261,7 @@ class Trainer:
         self._check_finite(done)
         groups, state = self._state()
         if self.sharded:
-            groups = sharding.gather_groups(groups, keep=self.accelerator.is_main_process)
+            groups = fsdp.gather_groups(groups, keep=self.accelerator.is_main_process)
         self._check_weights(groups.get("method", {}), done)
         if self.accelerator.is_main_process:
             self.saver.save(done, groups, state, best=best)
@@ -292,8 +290,8 @@ class Trainer:
             raise InputError(f"{path}: made by another recipe: {difference}; use another run folder, or this recipe")
         if state.get("images", self.images.fingerprint) != self.images.fingerprint:
             warnings.warn(f"{self.images.name}: other images than those that {path} was trained on", stacklevel=2)
-        sharding.load_whole(self.trained, groups["method"])
-        tensors = sharding.shard_optimizer_tensors(self.optimizer, groups["optimizer"])
+        fsdp.load_full(self.trained, groups["method"])
+        tensors = fsdp.shard_optimizer_tensors(self.optimizer, groups["optimizer"])
         load_optimizer(self.optimizer, tensors, state["optimizer"])
         self.regularizer.load_state_dict(groups["orthogonality"])
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -309,7 +307,7 @@ class Trainer:
             yield
 
 
-def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerator:
+def build_accelerator(arguments: SSLTrainingArguments, run_dir: Path) -> Accelerator:
     """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway).
 
     What it would take from the environment is given here, since the recipe alone decides.
@@ -321,7 +319,7 @@ def build_accelerator(arguments: TrainingArguments, run_dir: Path) -> Accelerato
     refuse_launcher_settings(
         device="cpu" if cpu else "cuda",
         mixed_precision=arguments.mixed_precision,
-        accumulation_steps=arguments.gradient_accumulation_steps,
+        accumulation_steps=arguments.forward_chunks,
     )
     if arguments.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")

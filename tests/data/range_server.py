@@ -51,7 +51,7 @@ class RangeServer:
 
 @functools.lru_cache(maxsize=16)
 def contents(path: Path, size: int, changed: int) -> tuple[bytes, str]:
-    """Gives a file's bytes and their ETag."""
+    """Returns a file's bytes and their ETag."""
     content = path.read_bytes()
     return content, hashlib.md5(content).hexdigest()
 

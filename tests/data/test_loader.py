@@ -14,13 +14,13 @@ VIEW = ViewSpec(blur=0.5, solarize=0.2)
 LOCAL = ViewSpec(size=6, crop_scale=(0.05, 0.3))
 
 
-def image_set(n: int = 50, side: int | None = 12, labelled: bool = True) -> ImageSet:
+def image_set(n: int = 50, side: int | None = 12, labeled: bool = True) -> ImageSet:
     """Noise; with no side, images of many sizes, whose crops are cut on the host."""
     rng = np.random.default_rng(0)
     sizes = [(side, side) if side else (int(rng.integers(9, 40)), int(rng.integers(9, 40))) for _ in range(n)]
     return ImageSet.from_arrays(
         [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes],
-        torch.arange(n) % 5 if labelled else None,
+        torch.arange(n) % 5 if labeled else None,
         name="noise",
         preprocessing=Preprocessing(image_size=12, mean=(0.5,) * 3, std=(0.25,) * 3),
     )
@@ -45,8 +45,8 @@ def test_a_batch_is_what_was_asked_for():
     assert (batch.seed, batch.step) == (3, 4)
 
 
-def test_unlabelled_images_give_no_labels():
-    batch = next(loader(image_set(labelled=False)).batches(0, 1))
+def test_unlabeled_images_give_no_labels():
+    batch = next(loader(image_set(labeled=False)).batches(0, 1))
     assert batch.labels_B is None and batch.local_views_VBCHW is None
 
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from hf_ssl_or.data.shapes import SHAPES, ShapesSource, _draw_outlines
 
 
-def neighbour_accuracy(train: ShapesSource, test: ShapesSource, k: int = 20) -> float:
-    """Accuracy of cosine nearest neighbours on raw pixels, votes weighted by exp(similarity / 0.07)."""
+def neighbor_accuracy(train: ShapesSource, test: ShapesSource, k: int = 20) -> float:
+    """Accuracy of cosine nearest neighbors on raw pixels, votes weighted by exp(similarity / 0.07)."""
     bank, query = (
         F.normalize(torch.stack([torch.from_numpy(s.read(i)) for i in range(len(s))]).flatten(1) / 127.5 - 1)
         for s in (train, test)
@@ -21,7 +21,7 @@ def neighbour_accuracy(train: ShapesSource, test: ShapesSource, k: int = 20) -> 
 
 
 def test_pixels_hardly_tell_the_class():
-    assert 0.15 < neighbour_accuracy(ShapesSource(5000, 0), ShapesSource(1000, 1)) < 0.45
+    assert 0.15 < neighbor_accuracy(ShapesSource(5000, 0), ShapesSource(1000, 1)) < 0.45
 
 
 def test_an_image_depends_on_seed_and_index_alone():

@@ -18,7 +18,7 @@ from tests.data.image_writing import load, picture, png, save, values, write_sha
 # Folders
 
 
-def test_flat_folder_is_unlabelled_and_sorted(tmp_path):
+def test_flat_folder_is_unlabeled_and_sorted(tmp_path):
     source = load(save(tmp_path, "b.png", "a.JPG", "c.webp"))
     assert source.labels is None and len(source) == 3
     assert [Path(source.describe(i)).name for i in range(3)] == ["a.JPG", "b.png", "c.webp"]
@@ -90,7 +90,7 @@ def test_shards_with_labels(tmp_path):
     assert "x/01.seg.png in" in source.describe(1) and source.describe(1).endswith("train-000.tar")
 
 
-def test_shards_without_labels_for_all_are_unlabelled(tmp_path):
+def test_shards_without_labels_for_all_are_unlabeled(tmp_path):
     write_shard(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"0", "2.png": png(2)})
     assert load(tmp_path / "a.tar").labels is None
 
@@ -188,7 +188,7 @@ def test_real_parquet(real_data):
     assert np.bincount(source.labels).tolist() == [1000] * 10
 
 
-def test_detection_set_is_unlabelled(real_data):
+def test_detection_set_is_unlabeled(real_data):
     source = load(real_data / "cellbody_detection")
     assert source.labels is None and len(source) == 280
 

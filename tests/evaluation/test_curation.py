@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation import curation, knn
+from hf_ssl_or.evaluation import curation
 from hf_ssl_or.evaluation.curation import (
     Curation,
     curate,
@@ -18,6 +18,7 @@ from hf_ssl_or.evaluation.curation import (
     nearest_neighbors,
     outlier_scores,
 )
+from hf_ssl_or.evaluation.protocols import knn
 
 
 def noise(n: int, width: int, seed: int = 0) -> Tensor:

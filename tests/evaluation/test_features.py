@@ -16,8 +16,8 @@ from hf_ssl_or.data.augmentation_sampling import ViewGroup
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.views import clean_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
-from hf_ssl_or.evaluation.spectra import CovarianceAccumulator
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.structures import ViewSpec
@@ -28,7 +28,7 @@ VIEWS = (ViewSpec(), ViewSpec(crop_scale=(0.5, 1.0), jitter=0))
 
 
 class Encoder(nn.Module):
-    """Two layers, with a batch normalisation and a dropout that betray the training mode."""
+    """Two layers, with a batch normalization and a dropout that betray the training mode."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ import yaml
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import alpha_req, lidar, rankme
-from hf_ssl_or.evaluation.knn import knn_accuracy
 from hf_ssl_or.evaluation.metrics import available_metrics, metric_path
+from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
 
 pytest.importorskip("evaluate")
 

@@ -1,4 +1,4 @@
-"""Encoders by data sets: numbers are those of one encoder alone, a killed command goes on, bad input is one line."""
+"""Encoders by data sets: numbers are those of one encoder alone, a killed command continues, bad input is one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import Processes, command_line
-from test_labelled import image_folder, table
+from test_labeled import image_folder, table
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.data.arguments import DataArguments
@@ -144,7 +144,7 @@ def test_bad_encoders_and_data_sets_end_in_one_line(tmp_path: Path, capsys) -> N
     broken = write_encoder(tmp_path / "nan", change=lambda model: next(model.parameters()).fill_(torch.nan))
     assert "features are NaN or infinite for 16 of 16 images" in refusal(capsys, "evaluate", broken, *options, "knn")
     net = write_encoder(tmp_path / "net")
-    assert "k=20 neighbours of a bank of 16 images" in refusal(capsys, "evaluate", net, *options, "knn")
+    assert "k=20 neighbors of a bank of 16 images" in refusal(capsys, "evaluate", net, *options, "knn")
     one = image_folder(tmp_path / "one", {"train": {"a": 9}, "test": {"a": 1}}).dataset
     assert "has no labels" in refusal(capsys, "evaluate", net, "--datasets", one)
     same = table(tmp_path / "same", {"train": ["a"] * 30, "test": ["a"]}).dataset
@@ -156,7 +156,7 @@ def test_bad_encoders_and_data_sets_end_in_one_line(tmp_path: Path, capsys) -> N
     assert "name an encoder" in refusal(capsys, "evaluate", "data.image_size=3")
 
 
-def test_a_collapsed_encoder_is_judged_and_said(tmp_path: Path, capsys) -> None:
+def test_a_collapsed_encoder_is_evaluated_and_said(tmp_path: Path, capsys) -> None:
     flat = write_encoder(tmp_path / "flat", change=lambda model: [p.zero_() for p in model.parameters()])
     line = ["evaluate", flat, "--datasets", data_set(tmp_path / "pictures"), "--protocols", "linear-lbfgs,few-shot"]
     assert main([*line, "--output", str(tmp_path / "r.json")]) == 0

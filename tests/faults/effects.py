@@ -117,11 +117,11 @@ def nan_in_batch(step: int) -> None:
 
 def nan_in_gradient(step: int) -> None:
     """Lets the loss of a step be finite and its gradient not, as the root of zero does."""
-    from hf_ssl_or.training.trainer import Trainer
+    from hf_ssl_or.training.trainer import SSLTrainer
 
-    real = Trainer.training_step
+    real = SSLTrainer.training_step
 
-    def damaged(self: Trainer, batch: Any) -> Any:
+    def damaged(self: SSLTrainer, batch: Any) -> Any:
         parameter = next(self.method.encoder.parameters())
         handle = parameter.register_hook(lambda grad: grad * float("nan") if batch.step == step else grad)
         try:
@@ -129,7 +129,7 @@ def nan_in_gradient(step: int) -> None:
         finally:
             handle.remove()
 
-    Trainer.training_step = damaged  # type: ignore[method-assign]
+    SSLTrainer.training_step = damaged  # type: ignore[method-assign]
 
 
 def streamed_images() -> None:
@@ -141,31 +141,31 @@ def streamed_images() -> None:
 
 def kill_a_worker_at(step: int) -> None:
     """Kills a process that decodes images just before a step."""
-    from hf_ssl_or.training.trainer import Trainer
+    from hf_ssl_or.training.trainer import SSLTrainer
 
-    real = Trainer.training_step
+    real = SSLTrainer.training_step
 
-    def then(self: Trainer, batch: Any) -> Any:
+    def then(self: SSLTrainer, batch: Any) -> Any:
         if batch.step == step:
             worker = multiprocessing.active_children()[0]
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
         return real(self, batch)
 
-    Trainer.training_step = then  # type: ignore[method-assign]
+    SSLTrainer.training_step = then  # type: ignore[method-assign]
 
 
 def die_at_step(step: int, rank: int = 0) -> None:
     """Kills one process of a run at a step, before it meets the others."""
-    from hf_ssl_or.training.trainer import Trainer
+    from hf_ssl_or.training.trainer import SSLTrainer
 
     if os.environ.get("RANK", "0") != str(rank):
         return
-    real = Trainer.training_step
+    real = SSLTrainer.training_step
 
-    def then(self: Trainer, batch: Any) -> Any:
+    def then(self: SSLTrainer, batch: Any) -> Any:
         if batch.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, batch)
 
-    Trainer.training_step = then  # type: ignore[method-assign]
+    SSLTrainer.training_step = then  # type: ignore[method-assign]

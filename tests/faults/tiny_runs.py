@@ -50,7 +50,7 @@ def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
 
 
 class Started(Processes):
-    """A run that goes on, of one or several processes.
+    """A run that continues, of one or several processes.
 
     Args:
         arguments: Of the command line, after `hf-ssl-or`.

@@ -11,7 +11,7 @@ from hf_ssl_or.run import pretrain
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real run of two steps, judged with labels; tests take copies."""
+    """The folder of a real run of two steps, evaluated with labels; tests take copies."""
     torch.set_num_threads(1)
     recipe = recipe_from_dict(
         {

@@ -38,7 +38,7 @@ values = st.recursive(
 
 
 def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Gives every container of plain data with each of its keys or indices."""
+    """Returns every container of plain data with each of its keys or indices."""
     if isinstance(tree, dict | list):
         for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
             yield tree, key

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import damaged, fuzz, mutated, result_or_one_line
 
-from hf_ssl_or.evaluation.encoders import load_encoder
+from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.configuration_ssl import SSLConfig, SSLResNetConfig, SSLViTConfig
 

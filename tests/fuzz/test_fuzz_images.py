@@ -80,7 +80,7 @@ def test_a_damaged_note_beside_stored_images(data: st.DataObject, tmp_path: Path
     note.write_bytes(data.draw(damaged(note.read_bytes())))
     again = load(folder)
     assert again is not None and first is not None and again.preprocessing == first.preprocessing
-    stores = [images.load_whole() for images in (again, first)]
+    stores = [images.load_full() for images in (again, first)]
     for name in ("flat", "starts_N", "sizes_N2", "originals_N2"):
         np.testing.assert_array_equal(*(getattr(store, name) for store in stores))
 

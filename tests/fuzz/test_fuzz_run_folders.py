@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from mutations import damaged, fuzz, mutated, result_or_one_line
 
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table
-from hf_ssl_or.report.html import draw_figures, render_page
-from hf_ssl_or.report.reading import read_runs
+from hf_ssl_or.report.html import plot_figures, render_page
+from hf_ssl_or.report.run_reader import read_runs
 from hf_ssl_or.training import checkpoint
 from hf_ssl_or.training.checkpoint import CheckpointStore
 from hf_ssl_or.training.log import read_metrics
@@ -195,4 +195,4 @@ def test_figures_of_strange_numbers(run_copy: Path, tmp_path: Path) -> None:
     for i, layer in enumerate(results["weights"].values()):
         layer["orthogonality_error"] = odd[i % len(odd)]
     (folder / "results.json").write_text(json.dumps(copy.deepcopy(results)))
-    assert draw_figures(read_runs([folder]), tmp_path)["training"]
+    assert plot_figures(read_runs([folder]), tmp_path)["training"]

@@ -21,12 +21,12 @@ from PIL import Image
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
-from hf_ssl_or.evaluation.protocols import get_protocol, judge_features
-from hf_ssl_or.hub import to_timm
+from hf_ssl_or.evaluation.evaluator import evaluate_features, get_protocol
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table, write_card
-from hf_ssl_or.hub.facts import without_paths
+from hf_ssl_or.hub.export import timm as timm_export
+from hf_ssl_or.hub.export.model import read_portable
 from hf_ssl_or.hub.markdown import block
-from hf_ssl_or.hub.portable import read_portable
+from hf_ssl_or.hub.run_record import without_paths
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -57,13 +57,13 @@ def material() -> tuple[dict[str, Any], dict[str, Any]]:
     data = {
         side: {"name": "photos", "fingerprint": "f6be", "size": size} for side, size in (("train", 200), ("test", 60))
     }
-    judged = [judge_features(get_protocol(name), *split, seeds=[0, 1, 2]) for name in ("knn", "linear-sgd")]
-    noise = judge_features(get_protocol("knn"), features[:200], labels[:200], features[200:], labels[200:])
+    evaluated = [evaluate_features(get_protocol(name), *split, seeds=[0, 1, 2]) for name in ("knn", "linear-sgd")]
+    noise = evaluate_features(get_protocol("knn"), features[:200], labels[:200], features[200:], labels[200:])
     results = {
         "recipe": recipe,
         "run": {"steps": 40, "train_seconds_this_session": 372.0},
         "data": {"name": "photos", "fingerprint": "f6be", "images": 20000, "preprocessing": PIXELS},
-        "evaluations": [entry | {"data": data} for entry in judged],
+        "evaluations": [entry | {"data": data} for entry in evaluated],
         "collapse": collapse_report(features),
         "weights": weight_report(encoder),
         "weights_before": weight_report(encoder),
@@ -190,7 +190,7 @@ def section(text: str, name: str) -> str:
     return text.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def unlabelled(recipe: dict[str, Any], results: dict[str, Any]) -> None:
+def unlabeled(recipe: dict[str, Any], results: dict[str, Any]) -> None:
     results.update(evaluations=[], baselines={})
 
 
@@ -200,7 +200,7 @@ def bare(recipe: dict[str, Any], results: dict[str, Any]) -> None:
     results.clear()
 
 
-@pytest.mark.parametrize("change", [lambda recipe, results: None, unlabelled, bare])
+@pytest.mark.parametrize("change", [lambda recipe, results: None, unlabeled, bare])
 @pytest.mark.parametrize("repo_id", [None, "lab/encoder"])
 def test_no_placeholder_is_left(make_run: MakeRun, change: Change, repo_id: str | None):
     text = str(build_card(make_run(change), repo_id=repo_id))
@@ -210,7 +210,7 @@ def test_no_placeholder_is_left(make_run: MakeRun, change: Change, repo_id: str 
 
 
 def test_without_labels_the_card_says_that_no_accuracy_was_measured(make_run: MakeRun):
-    card = build_card(make_run(unlabelled))
+    card = build_card(make_run(unlabeled))
     assert card.data.eval_results is None and "model-index" not in str(card)
     assert "Nothing was measured with labels" in section(str(card), "Evaluation")
     assert "RankMe" in section(str(card), "Dimensions in use") and "No accuracy was measured." in str(card)
@@ -624,6 +624,6 @@ def test_the_lines_of_a_card_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPa
     assert type(names["encoder"]).__module__ == "hf_ssl_or.models.modeling_ssl_resnet"
     assert "`hf-ssl-or export encoder --to timm --output encoder-timm`" in use  # without its own check of the result
     Path("encoder-timm").mkdir()
-    to_timm.write(read_portable("encoder"), Path("encoder-timm"))
+    timm_export.write(read_portable("encoder"), Path("encoder-timm"))
     exec(timm, names)
     assert names["features"].shape == (1, 8)

@@ -67,7 +67,7 @@ FRIEND = """
     torch.set_num_threads(1)
     assert main(["train", "continue.yaml", "--output", "run"]) == 0
     options = ["--dataset", "lab/birds", "--protocols", "knn", "data.image_size=32"]
-    assert main(["evaluate", "ada/net@v2", *options, "--output", "judged.json"]) == 0
+    assert main(["evaluate", "ada/net@v2", *options, "--output", "evaluated.json"]) == 0
     assert main(["evaluate", "ada/net@v3", *options]) == 2
     assert main(["train", "continue.yaml", "encoder.init_from=ada/net@v3", "--output", "other"]) == 2
 """
@@ -82,7 +82,7 @@ def portable_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_dataset() -> bytes:
-    """A parquet file of labelled images, as datasets writes it."""
+    """A parquet file of labeled images, as datasets writes it."""
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(24):
@@ -122,7 +122,7 @@ def test_everybody_loads_what_was_pushed(
     (elsewhere / "continue.yaml").write_text(yaml.safe_dump({**recipe, "orthogonality": {"penalty": "none"}}))
     done = fresh_process(code=f"REPOSITORY = {str(REPOSITORY)!r}\n" + FRIEND.replace("\n    ", "\n"))
     assert "has no revision 'v3'" in done.stderr and done.stderr.count("hf-ssl-or: error:") == 2, done.stderr
-    assert json.loads((elsewhere / "judged.json").read_text())["encoder"] == "ada/net@v2"
+    assert json.loads((elsewhere / "evaluated.json").read_text())["encoder"] == "ada/net@v2"
     check_continued(portable_run / "encoder", elsewhere / "run" / "encoder")
 
 

@@ -20,9 +20,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.export import TARGETS, export
-from hf_ssl_or.hub.parity import compare
-from hf_ssl_or.hub.portable import Lines, read_portable
-from hf_ssl_or.hub.to_timm import add_timm_files
+from hf_ssl_or.hub.export.model import Lines, read_portable
+from hf_ssl_or.hub.export.parity import compare
+from hf_ssl_or.hub.export.timm import add_timm_files
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub import retries
-from hf_ssl_or.hub.delivery import deliver
-from hf_ssl_or.hub.outbox import Destination, Entry, Outbox
 from hf_ssl_or.hub.push import resume_pushes
 from hf_ssl_or.hub.retries import HubRefusalError, PushKeptError
+from hf_ssl_or.hub.upload import deliver
+from hf_ssl_or.hub.upload_queue import Destination, Entry, Outbox
 from hf_ssl_or.models.auto import create_encoder
 from tests.hub.conftest import TOKEN
 from tests.hub.hub_server import HubServer
@@ -157,8 +157,8 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.argv[0] = "hf-ssl-or"  # which loads no more than it needs
-from hf_ssl_or.hub.delivery import deliver
-from hf_ssl_or.hub.outbox import Outbox
+from hf_ssl_or.hub.upload import deliver
+from hf_ssl_or.hub.upload_queue import Outbox
 deliver(Outbox(Path(sys.argv[1])).waiting()[0])
 """
 

@@ -18,11 +18,11 @@ from transformers import AutoModel
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.encoders import load_encoder
+from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.hub import background, retries, run_folder
-from hf_ssl_or.hub.outbox import Outbox
 from hf_ssl_or.hub.push import push_to_hub
-from hf_ssl_or.hub.weights import weights_sha256
+from hf_ssl_or.hub.upload_queue import Outbox
+from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import pretrain
@@ -122,7 +122,7 @@ def test_shards_and_leftovers(hub: HubServer, run_folder: Path) -> None:
     assert len(shards) > 1 and "model.safetensors" not in shards and "model.safetensors.index.json" in repository.files
     last = repository.at("main")
     files = {**last.files, "LICENSE": last.files["README.md"]}  # somebody else's file, which stays
-    repository.refs["main"] = repository.add(files, "Add licence", "", last.sha)
+    repository.refs["main"] = repository.add(files, "Add license", "", last.sha)
     for path in encoder.glob("model*"):
         path.unlink()
     model.save_pretrained(encoder)
@@ -131,7 +131,7 @@ def test_shards_and_leftovers(hub: HubServer, run_folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("unproven")
-def test_a_run_that_was_not_judged(hub: HubServer, run_folder: Path) -> None:
+def test_a_run_that_was_not_evaluated(hub: HubServer, run_folder: Path) -> None:
     (run_folder / "results.json").unlink()
     push_to_hub(run_folder, "ada/net")
     files = hub.repository("ada/net").files

@@ -98,7 +98,7 @@ def test_the_order_of_the_views_does_not_matter_where_the_method_says_so(name, e
 
 
 def test_the_loss_falls(name, encoder):
-    """Beside the same 30 steps without learning, in which queues fill and centres settle."""
+    """Beside the same 30 steps without learning, in which queues fill and centers settle."""
     learned, rested = (last_losses(make_method(name, encoder()), learning_rate) for learning_rate in (3e-3, 0))
     assert learned < rested - 0.05 * abs(rested)
 
@@ -130,8 +130,8 @@ def test_the_state_dict_is_the_whole_state(name, encoder):
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
-def test_the_forward_leaves_queues_centres_and_teachers_alone(name, encoder):
-    """Only batch normalisation may count; the rest moves in `on_step_end`, so that a forward can be repeated."""
+def test_the_forward_leaves_queues_centers_and_teachers_alone(name, encoder):
+    """Only batch normalization may count; the rest moves in `on_step_end`, so that a forward can be repeated."""
     method = make_method(name, encoder())
     norms = {
         f"{key}.{buffer}"
@@ -171,7 +171,7 @@ def test_gradients_do_not_depend_on_the_chunks(name, encoder):
     found = []
     for chunks in (1, 2, 4):
         method = make_method(name, encoder(batch_norm=False)).double()
-        method.prepare_accumulation(chunks)
+        method.prepare_chunks(chunks)
         method(make_batch(dtype=torch.float64)).loss.backward()
         found.append(gradients(method))
     for other in found[1:]:
@@ -190,7 +190,7 @@ def test_feature_whitening_is_added(name, encoder):
 def test_autocast_gives_a_float32_loss_near_the_exact_one(name, encoder, chunks):
     exact = make_method(name, encoder(batch_norm=False))(make_batch()).loss
     method = make_method(name, encoder(batch_norm=False))
-    method.prepare_accumulation(chunks)
+    method.prepare_chunks(chunks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = method(make_batch()).loss
     assert loss.dtype == torch.float32

@@ -40,7 +40,7 @@ def test_the_loss_equals_lightly_with_gradient(views, local):
 
 
 @pytest.mark.parametrize(("views", "local"), [(2, 0), (2, 3), (3, 1)])
-def test_training_equals_lightly_loss_and_centre(tiny_encoder, views, local):
+def test_training_equals_lightly_loss_and_center(tiny_encoder, views, local):
     method = make_method(tiny_encoder(batch_norm=False), views, local, momentum=0.8).double()
     criterion = DINOLoss(12).double()
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)

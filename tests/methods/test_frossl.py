@@ -27,7 +27,7 @@ def test_any_number_of_views_equals_lightly_with_gradient(views, images, dim, we
 
 
 @pytest.mark.parametrize(("images", "dim"), [(12, 5), (5, 12)])
-def test_two_centred_views_give_the_published_loss_of_two_views(images, dim):
+def test_two_centerd_views_give_the_published_loss_of_two_views(images, dim):
     """That loss has dimensions of length sqrt(D), the mean squared error of the views, and C of trace 1."""
     torch.manual_seed(0)
     z_VND = torch.randn(2, images, dim, dtype=torch.float64)

@@ -212,7 +212,7 @@ def test_every_weight_of_any_encoder_gets_a_gradient(kind):
 
 
 def smooth_batch(step):
-    """Waves of one colour: what is masked follows from what is not."""
+    """Waves of one color: what is masked follows from what is not."""
     generator = torch.Generator().manual_seed(step)
     direction, phase = torch.randn(2, 32, 1, 1, 1, generator=generator), torch.rand(32, 1, 1, 1, generator=generator)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")

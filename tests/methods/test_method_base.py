@@ -87,7 +87,7 @@ def test_chunks_bound_the_encoder_batch_and_keep_the_gradient(tiny_encoder, chun
     gradients = []
     for count in (1, chunks):
         method = Plain(tiny_encoder(batch_norm=False).double(), Config(), **SIZES)
-        method.prepare_accumulation(count)
+        method.prepare_chunks(count)
         features = method.encode(views_VBCHW)
         (features[0] * features[1].roll(1, 0)).sum().square().backward()
         gradients.append([p.grad for p in method.parameters()])
@@ -100,7 +100,7 @@ def test_chunks_bound_the_encoder_batch_and_keep_the_gradient(tiny_encoder, chun
 def test_chunks_keep_no_activation_but_those_of_one_chunk(tiny_encoder):
     def saved_bytes(chunks):
         method = Plain(tiny_encoder(batch_norm=False), Config(), **SIZES)
-        method.prepare_accumulation(chunks)
+        method.prepare_chunks(chunks)
         storages = {}
 
         def keep(tensor):
@@ -121,7 +121,7 @@ def test_an_encoder_with_batch_norm_recomputes_its_blocks_instead(tiny_encoder):
     encoder = tiny_encoder(batch_norm=True)
     encoder.gradient_checkpointing_enable = lambda **kwargs: asked.update(kwargs)
     method = Plain(encoder, Config(), **SIZES)
-    method.prepare_accumulation(4)
+    method.prepare_chunks(4)
     assert asked == {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     method.encode(torch.randn(2, 4, 3, 8, 8))
     assert encoder.seen == [8]  # whole: the statistics are those of the whole batch
@@ -133,7 +133,7 @@ def test_parts_are_whole_views_where_each_view_has_statistics_of_its_own(tiny_en
     states, gradients = [], []
     for count in (1, chunks):
         method = use_global_batch_norm(Plain(tiny_encoder().double(), Config(), **SIZES), 3)
-        method.prepare_accumulation(count)
+        method.prepare_chunks(count)
         features = method.encode(views_VBCHW)
         (features[0] * features[1:].mean(0).roll(1, 0)).sum().square().backward()
         gradients.append([p.grad for p in method.parameters()])
@@ -147,7 +147,7 @@ def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
     encoder = tiny_encoder(batch_norm=False)
     encoder.layers.append(nn.Dropout(0.5))
     method = Plain(encoder, Config(), **SIZES)
-    method.prepare_accumulation(2)
+    method.prepare_chunks(2)
     method.train()
     weight = encoder.layers[3].weight
     views_VBCHW = torch.randn(2, 4, 3, 8, 8)

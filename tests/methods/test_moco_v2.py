@@ -135,12 +135,12 @@ def test_it_learns_once_its_queue_holds_keys(tiny_encoder):
     """The first negatives are random and easy, so the loss rises before it falls."""
     method = make_method(tiny_encoder)
     generator = torch.Generator().manual_seed(0)
-    colour = torch.randn(8, 1, N, 3, 1, 1, generator=generator, dtype=torch.float64)
+    color = torch.randn(8, 1, N, 3, 1, 1, generator=generator, dtype=torch.float64)
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(160):
         batch = make_batch(2, step)
-        batch.views_VBCHW = colour[step % 8] + 0.3 * batch.views_VBCHW
+        batch.views_VBCHW = color[step % 8] + 0.3 * batch.views_VBCHW
         loss = method(batch).loss
         optimizer.zero_grad()
         loss.backward()

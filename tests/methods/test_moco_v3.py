@@ -6,8 +6,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 
+from hf_ssl_or.methods.functional import contrast
 from hf_ssl_or.methods.moco_v3 import Config, Method, moco_v3_loss
-from hf_ssl_or.methods.terms import contrast
 from hf_ssl_or.structures import MultiViewBatch
 
 

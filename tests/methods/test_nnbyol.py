@@ -26,8 +26,8 @@ def make_batch(views, step=0):
 
 
 @pytest.mark.parametrize("views", [2, 3, 4])
-def test_steps_equal_byols_loss_against_neighbours_in_a_queue_of_the_first_view(tiny_encoder, views):
-    """Neighbours by lightly's memory bank; two views are solo-learn's sum of both directions."""
+def test_steps_equal_byols_loss_against_neighbors_in_a_queue_of_the_first_view(tiny_encoder, views):
+    """Neighbors by lightly's memory bank; two views are solo-learn's sum of both directions."""
     method = make_method(tiny_encoder, views)
     bank = NNMemoryBankModule((Q, D)).double()
     bank.bank.copy_(method.queue.features_QD)

@@ -17,9 +17,9 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain_loss(neighbour_ND, p_ND, temperature):
-    """One direction, by the paper's formula: each neighbour against the predictions of the batch."""
-    logits = F.normalize(neighbour_ND, dim=1) @ F.normalize(p_ND, dim=1).T / temperature
+def plain_loss(neighbor_ND, p_ND, temperature):
+    """One direction, by the paper's formula: each neighbor against the predictions of the batch."""
+    logits = F.normalize(neighbor_ND, dim=1) @ F.normalize(p_ND, dim=1).T / temperature
     return F.cross_entropy(logits, torch.arange(len(p_ND)))
 
 
@@ -34,24 +34,24 @@ def make_batch(step=0):
 
 
 def test_two_views_are_the_published_mean_of_both_directions():
-    p_VND, neighbour_VND = random(2, N, D).requires_grad_(), random(2, N, D, seed=1)
-    loss, terms = nnclr_loss(p_VND, neighbour_VND, 0.1)
-    expected = plain_loss(neighbour_VND[0], p_VND[1], 0.1) / 2 + plain_loss(neighbour_VND[1], p_VND[0], 0.1) / 2
+    p_VND, neighbor_VND = random(2, N, D).requires_grad_(), random(2, N, D, seed=1)
+    loss, terms = nnclr_loss(p_VND, neighbor_VND, 0.1)
+    expected = plain_loss(neighbor_VND[0], p_VND[1], 0.1) / 2 + plain_loss(neighbor_VND[1], p_VND[0], 0.1) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(loss, p_VND), torch.autograd.grad(expected, p_VND)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(terms["positive_cosine"], F.cosine_similarity(p_VND, neighbour_VND.flip(0), -1).mean())
+    torch.testing.assert_close(terms["positive_cosine"], F.cosine_similarity(p_VND, neighbor_VND.flip(0), -1).mean())
 
 
 @pytest.mark.parametrize("views", [3, 4])
 def test_more_views_are_the_mean_over_pairs(views):
-    p_VND, neighbour_VND = random(2, views, N, D)
-    pairs = [plain_loss(neighbour_VND[v], p_VND[u], 0.2) for v in range(views) for u in range(views) if u != v]
-    loss, _ = nnclr_loss(p_VND, neighbour_VND, 0.2)
+    p_VND, neighbor_VND = random(2, views, N, D)
+    pairs = [plain_loss(neighbor_VND[v], p_VND[u], 0.2) for v in range(views) for u in range(views) if u != v]
+    loss, _ = nnclr_loss(p_VND, neighbor_VND, 0.2)
     torch.testing.assert_close(loss, torch.stack(pairs).mean(), rtol=1e-12, atol=1e-12)
 
 
-def test_steps_equal_lightlys_neighbours_in_a_queue_of_the_first_view(method):
+def test_steps_equal_lightlys_neighbors_in_a_queue_of_the_first_view(method):
     bank = NNMemoryBankModule((Q, D)).double()
     bank.bank.copy_(method.queue.features_QD)
     for step in range(5):
@@ -59,8 +59,8 @@ def test_steps_equal_lightlys_neighbours_in_a_queue_of_the_first_view(method):
         with torch.no_grad():
             z_VND = method.projector(method.encode(batch.views_VBCHW))
             p_VND = method.predictor(z_VND)
-        neighbour_VND = torch.stack([bank(F.normalize(z_ND, dim=1)) for z_ND in z_VND])
-        torch.testing.assert_close(method(batch).loss, nnclr_loss(p_VND, neighbour_VND, 0.2)[0])
+        neighbor_VND = torch.stack([bank(F.normalize(z_ND, dim=1)) for z_ND in z_VND])
+        torch.testing.assert_close(method(batch).loss, nnclr_loss(p_VND, neighbor_VND, 0.2)[0])
         method.on_step_end(step, 5)
         bank(F.normalize(z_VND[0], dim=1), update=True)
         torch.testing.assert_close(method.queue.features_QD, bank.bank, rtol=1e-12, atol=1e-12)

@@ -52,7 +52,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ],
 )
 def test_is_timms_own_net(config, name: str, arguments: dict, images_BCHW: torch.Tensor) -> None:
-    """One seed gives one initialisation, and one set of weights one result, to the bit."""
+    """One seed gives one initialization, and one set of weights one result, to the bit."""
     torch.manual_seed(0)
     model = AutoModel.from_config(config).eval()
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def test_head_from_a_checkpoint_without_one(make_config, images_BCHW: torch.Tens
     assert same_weights(other.encoder, model)
 
 
-def test_what_is_missing_gets_timms_initialisation(tmp_path) -> None:
+def test_what_is_missing_gets_timms_initialization(tmp_path) -> None:
     """A stem that does not fit the checkpoint is drawn anew; every other weight is loaded."""
     model = SSLResNetModel(SSLResNetConfig(channels=SLIM))
     with torch.no_grad():

@@ -256,9 +256,9 @@ def test_parametrized_weights_can_be_excluded():
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_parametrized_weights_of_any_layer_are_refused():
     lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
-    with pytest.raises(InputError, match="'weight_hh_l0' is parametrised"):
+    with pytest.raises(InputError, match="'weight_hh_l0' is parametrized"):
         regularize(lstm)
-    with pytest.raises(InputError, match="'weight' is parametrised"):
+    with pytest.raises(InputError, match="'weight' is parametrized"):
         regularize(nn.utils.weight_norm(nn.Linear(4, 4)))
 
 

@@ -165,7 +165,7 @@ def test_eigenvalues_of_both_signs_do_not_cancel():
 
 
 def test_momentum_is_faster_than_plain_power_iteration():
-    w_LOI = matrices((64, 576), scale=1 / 17)  # as a convolution is initialised
+    w_LOI = matrices((64, 576), scale=1 / 17)  # as a convolution is initialized
     exact_L = penalties.srip(w_LOI)
     plain_LR = unit_vectors(w_LOI)
     v_2LR = started(plain_LR)

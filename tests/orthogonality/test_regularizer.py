@@ -347,7 +347,7 @@ def test_schedule_scales_value_and_gradient():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Behaviour in a loop
+# Behavior in a loop
 
 
 def test_gradients_are_added_to_what_is_there():
@@ -433,7 +433,7 @@ class NoHostSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("fresh_start", [False, True])
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_no_host_synchronisation(penalty, fresh_start):
+def test_no_host_synchronization(penalty, fresh_start):
     encoder = small_encoder()
     reg = regularize(encoder, penalty=penalty, fresh_start=fresh_start, schedule="cosine", normalize=True)
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():

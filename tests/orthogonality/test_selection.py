@@ -49,7 +49,7 @@ def test_wrong_selections_are_explained():
 def test_parametrised_weights_are_refused_unless_excluded():
     encoder = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4))
     nn.utils.parametrizations.orthogonal(encoder[0])
-    with pytest.raises(InputError, match=r"'0.weight' is parametrised"):
+    with pytest.raises(InputError, match=r"'0.weight' is parametrized"):
         names(encoder)
     assert names(encoder, exclude=["0.weight"]) == ["1.weight"]
 

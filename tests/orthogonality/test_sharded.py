@@ -1,4 +1,4 @@
-"""The regulariser on sharded weights, here on one process; real shards are in tests/training/test_sharding.py."""
+"""The regularizer on sharded weights, here on one process; real shards are in tests/training/test_fsdp.py."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_gradients_land_in_the_local_parts_and_one_shape_is_whole_at_a_time(
 
     def count(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         gathered.append(sum(tensor.numel() for tensor in tensors))
-        return whole_each(tensors)
+        return gather_full_tensors(tensors)
 
-    whole_each = regularizer.whole_each
-    monkeypatch.setattr(regularizer, "whole_each", count)
+    gather_full_tensors = regularizer.gather_full_tensors
+    monkeypatch.setattr(regularizer, "gather_full_tensors", count)
     regularizers = [
         OrthogonalityRegularizer(module, OrthogonalityConfig(penalty=penalty, weight=0.1))
         for module in (plain, sharded)

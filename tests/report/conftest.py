@@ -121,11 +121,11 @@ def _write_material(folder: Path, rng: np.random.Generator) -> None:
     names = np.array(["circle", "square", "triangle", "star", "cross"])
     np.savez(folder / "features.npz", features=features.astype(np.float16), labels=labels, class_names=names)
     tiles = rng.integers(0, 256, (3, 5, 3, 16, 16), dtype=np.uint8)
-    neighbours = {
+    neighbors = {
         "distances": np.sort(rng.uniform(0, 0.5, (3, 4)).astype(np.float32)),
         "labels": rng.integers(0, 3, (3, 5)),
     }
-    np.savez(folder / "neighbours.npz", images=tiles, **neighbours)
+    np.savez(folder / "neighbors.npz", images=tiles, **neighbors)
     (folder / "figures").mkdir()
     Image.fromarray(rng.integers(0, 256, (200, 500, 3), dtype=np.uint8)).save(folder / "figures" / "views.png")
     (folder / "encoder").mkdir()

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ssl_or.report.curves import draw_collapse, draw_losses, draw_throughput
-from hf_ssl_or.report.html import draw_figures
-from hf_ssl_or.report.pictures import principal_components
-from hf_ssl_or.report.reading import read_runs
-from hf_ssl_or.report.spectra import draw_spectra_compared, draw_spectra_of_runs
+from hf_ssl_or.report.curves import plot_collapse, plot_losses, plot_throughput
+from hf_ssl_or.report.embeddings import principal_components
+from hf_ssl_or.report.filters import ordered_correlations, plot_errors
+from hf_ssl_or.report.html import plot_figures
+from hf_ssl_or.report.run_reader import read_runs
+from hf_ssl_or.report.spectrum_plots import plot_spectra_compared, plot_spectra_of_runs
 from hf_ssl_or.report.style import inline_svg, panels, shorten, style
-from hf_ssl_or.report.weights import draw_errors, ordered_correlations
 
 
 def test_all_figures_of_several_runs_are_files_that_open(three_runs: list[Path], tmp_path: Path) -> None:
-    figures = [figure for drawn in draw_figures(read_runs(three_runs), tmp_path).values() for figure in drawn]
+    figures = [figure for drawn in plot_figures(read_runs(three_runs), tmp_path).values() for figure in drawn]
     assert {figure.name for figure in figures} == {
         *("loss", "throughput", "collapse", "spectra", "spectra-compared", "orthogonality", "filters"),
-        *("neighbours-1", "neighbours-2", "embedding-pca"),
+        *("neighbors-1", "neighbors-2", "embedding-pca"),
     }
     for figure in figures:
         png, svg = figure.files
@@ -40,14 +40,14 @@ def test_a_run_of_one_line_is_drawn(make_run, tmp_path: Path) -> None:
     folder = make_run("young", finished=False, steps=1)
     for path in (folder / "spectra").glob("*.npz"):
         path.unlink()
-    sections = draw_figures(read_runs([folder]), tmp_path)
+    sections = plot_figures(read_runs([folder]), tmp_path)
     assert [figure.name for drawn in sections.values() for figure in drawn] == ["loss", "throughput"]
 
 
 def test_a_run_that_holds_nothing_yet_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "recipe.yaml").write_text("data: {dataset: shapes}")
-    assert not any(draw_figures(read_runs([tmp_path / "new"]), tmp_path).values())
+    assert not any(plot_figures(read_runs([tmp_path / "new"]), tmp_path).values())
 
 
 def test_values_that_are_not_finite_are_drawn_around(make_run, tmp_path: Path) -> None:
@@ -56,14 +56,14 @@ def test_values_that_are_not_finite_are_drawn_around(make_run, tmp_path: Path) -
         for step, loss in ((5, float("nan")), (6, float("inf")), (7, 1e300), (8, -1.0)):
             file.write(json.dumps({"kind": "train", "step": step, "loss": loss}) + "\n")
     with style():
-        assert draw_losses(read_runs([folder]), tmp_path) is not None
+        assert plot_losses(read_runs([folder]), tmp_path) is not None
 
 
 def test_spectra_are_dashed_and_counted_where_eigenvalues_are_not_positive(make_run, tmp_path: Path) -> None:
     runs = read_runs([make_run("none"), make_run("so", seed=1)])
     with style():
-        by_run, compared = draw_spectra_of_runs(runs, tmp_path), draw_spectra_compared(runs, tmp_path)
-        assert draw_spectra_compared(runs[:1], tmp_path) is None
+        by_run, compared = plot_spectra_of_runs(runs, tmp_path), plot_spectra_compared(runs, tmp_path)
+        assert plot_spectra_compared(runs[:1], tmp_path) is None
     for figure in (by_run, compared):
         assert figure.svg.count("12 of 256 ≤ 0") == 2  # layer4 of each run
     assert "none: Input 9 of 300, Features of layer1 " in by_run.alt  # i^-2 > 1 % for i < 10
@@ -73,7 +73,7 @@ def test_spectra_are_dashed_and_counted_where_eigenvalues_are_not_positive(make_
 def test_curves_end_where_the_log_ends(make_run, tmp_path: Path) -> None:
     runs = read_runs([make_run("run")])
     with style():
-        collapse, throughput = draw_collapse(runs, tmp_path), draw_throughput(runs, tmp_path)
+        collapse, throughput = plot_collapse(runs, tmp_path), plot_throughput(runs, tmp_path)
     assert "kNN top-1, % goes from 39 to 69" in collapse.alt
     rates = [line["images_per_second"] for line in runs[0].train]
     assert f"Views per second goes from {4 * rates[0]:.4g} to {4 * rates[-1]:.4g}" in throughput.alt
@@ -82,19 +82,19 @@ def test_curves_end_where_the_log_ends(make_run, tmp_path: Path) -> None:
 def test_errors_before_and_after(make_run, tmp_path: Path) -> None:
     runs = read_runs([make_run("one"), make_run("two", seed=1)])
     with style():
-        assert "one: mean 5.5 (before training 7.5)" in draw_errors(runs[:1], tmp_path).alt
-        assert "before training</text>" in draw_errors(runs[:1], tmp_path).svg
-        assert "before training</text>" not in draw_errors(runs, tmp_path).svg
+        assert "one: mean 5.5 (before training 7.5)" in plot_errors(runs[:1], tmp_path).alt
+        assert "before training</text>" in plot_errors(runs[:1], tmp_path).svg
+        assert "before training</text>" not in plot_errors(runs, tmp_path).svg
         runs[0].errors_before = {}
-        assert "before" not in draw_errors(runs[:1], tmp_path).alt
+        assert "before" not in plot_errors(runs[:1], tmp_path).alt
 
 
 @pytest.mark.parametrize("shape", [(200, 40), (30, 400), (2, 5)])
 def test_principal_components_are_those_of_the_exact_decomposition(shape: tuple[int, int]) -> None:
     x = np.random.default_rng(0).standard_normal(shape) * np.arange(1, shape[1] + 1) ** -0.7 + 3
     xy, share = principal_components(x.astype(np.float32))
-    centred = x - x.mean(0)
-    u, s, _ = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
+    centerd = x - x.mean(0)
+    u, s, _ = np.linalg.svd(centerd.astype(np.float64), full_matrices=False)
     exact = np.zeros((shape[0], 2))
     exact[:, : len(s[:2])] = u[:, :2] * s[:2]
     assert xy.shape == (shape[0], 2)
@@ -118,7 +118,7 @@ def test_correlations_of_filters_are_those_of_numpy_with_similar_ones_together()
     assert ordered_correlations(rng.standard_normal((1000, 5))).shape == (256, 256)
 
 
-def test_inline_svg_takes_the_colours_of_the_page() -> None:
+def test_inline_svg_takes_the_colors_of_the_page() -> None:
     text = (
         '<?xml version="1.0"?><!DOCTYPE svg><svg height="72pt" viewBox="0 0 72 72" width="72pt">'
         "<metadata>x</metadata><defs><style>*{color:red}</style></defs>"

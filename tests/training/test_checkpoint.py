@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.training import checkpoint
 from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors, snapshot
+from hf_ssl_or.training.fsdp import load_full
 from hf_ssl_or.training.optim import OptimizerArguments, build_optimizer
-from hf_ssl_or.training.sharding import load_whole
 
 OPTIMIZERS = [{"name": "adamw"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0}, {"name": "lars", "nesterov": True}]
 
@@ -160,7 +160,7 @@ def test_weights_that_do_not_fit_are_refused(state: dict[str, Tensor], message: 
     net = nn.Linear(3, 2)
     before = net.weight.detach().clone()
     with pytest.raises(InputError, match=message):
-        load_whole(net, state)
+        load_full(net, state)
     assert torch.equal(net.weight, before)
 
 

@@ -1,6 +1,6 @@
-"""A run that is stopped and goes on with another number of processes, and one that spans two machines.
+"""A run that is stopped and continues with another number of processes, and one that spans two machines.
 
-Run as a script, this file is the worker: it trains, or goes on with what is there, until a signal comes.
+Run as a script, this file is the worker: it trains, or continues with what is there, until a signal comes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput
-from hf_ssl_or.training.interruption import TrainingInterrupted
 from hf_ssl_or.training.log import read_metrics
-from hf_ssl_or.training.trainer import Trainer
+from hf_ssl_or.training.signals import TrainingInterrupted
+from hf_ssl_or.training.trainer import SSLTrainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STEPS = 26
@@ -48,7 +48,7 @@ TREE = {
 TOLERANCE = {"float64": 1e-10}  # measured: 9e-15; 5e-6 in float32
 
 
-class Stopped(Trainer):
+class Stopped(SSLTrainer):
     """A trainer whose last process sends itself SIGTERM after a step."""
 
     stop_after = 0

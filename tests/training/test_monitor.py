@@ -13,11 +13,11 @@ from torch import nn
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.collapse import collapse_report
+from hf_ssl_or.evaluation.collapse.spectra import normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.weight_spectra import weight_spectra
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.spectra import normalised_eigenvalues
-from hf_ssl_or.evaluation.weights import weight_spectra
 from hf_ssl_or.models.auto import create_encoder
-from hf_ssl_or.training.arguments import TrainingArguments
+from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.monitor import Monitor
 
 
@@ -30,11 +30,11 @@ def encoder() -> nn.Module:
 @pytest.fixture
 def monitor() -> Monitor:
     images = load_images(DataArguments(dataset="shapes", shapes_train=90, shapes_test=10, image_size=16), "train")
-    return Monitor(images, None, None, TrainingArguments(monitor_images=60), torch.device("cpu"))
+    return Monitor(images, None, None, SSLTrainingArguments(monitor_images=60), torch.device("cpu"))
 
 
 def test_spectra_are_written_under_their_names(monitor: Monitor, encoder: nn.Module, tmp_path: Path) -> None:
-    values = monitor.look(encoder, tmp_path / "spectra" / "step-1.npz")
+    values = monitor.evaluate(encoder, tmp_path / "spectra" / "step-1.npz")
     features = extract_features(encoder, monitor.sample, device="cpu", progress=False)
     report = collapse_report(features)
     for name, value in values.items():
@@ -61,8 +61,8 @@ def test_spectra_are_written_under_their_names(monitor: Monitor, encoder: nn.Mod
 def test_the_input_is_measured_once(
     monitor: Monitor, encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor.look(encoder, tmp_path / "step-1.npz")
+    monitor.evaluate(encoder, tmp_path / "step-1.npz")
     monkeypatch.setattr("hf_ssl_or.training.monitor.input_spectrum", lambda images: pytest.fail("measured again"))
-    monitor.look(encoder, tmp_path / "step-2.npz")
+    monitor.evaluate(encoder, tmp_path / "step-2.npz")
     with np.load(tmp_path / "step-1.npz") as first, np.load(tmp_path / "step-2.npz") as second:
         np.testing.assert_array_equal(first["input"], second["input"])

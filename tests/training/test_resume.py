@@ -116,7 +116,7 @@ def test_sigterm_saves_and_exits_with_its_own_status(recipe: Path, whole_run: Pa
     assert_same_end(folder, whole_run)
 
 
-def test_two_processes_train_judge_and_save_as_one_does(recipe: Path, whole_run: Path, tmp_path: Path):
+def test_two_processes_train_evaluate_and_save_as_one_does(recipe: Path, whole_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     cold(*launch, "hf_ssl_or", "train", recipe, "--output", folder)

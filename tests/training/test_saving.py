@@ -33,7 +33,7 @@ def test_what_is_saved_is_the_state_at_the_call_and_not_what_training_made_of_it
     with BackgroundSaver(store) as saver:
         saver.save(1, state, {"note": "one"}, best=(0.5, "rankme"))
         saver.check()
-        assert store.steps() == []  # the loop goes on while nothing is written
+        assert store.steps() == []  # the loop continues while nothing is written
         for tensors in state.values():
             for tensor in tensors.values():
                 tensor.fill_(2.0)

@@ -14,7 +14,7 @@ from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
 from hf_ssl_or.training.checkpoint import CheckpointStore
 from hf_ssl_or.training.log import read_metrics
-from hf_ssl_or.training.trainer import Trainer, first_difference, flatten
+from hf_ssl_or.training.trainer import SSLTrainer, first_difference, flatten
 
 
 def tree(**training: object) -> dict:
@@ -38,11 +38,11 @@ def tree(**training: object) -> dict:
     }
 
 
-def make(folder: Path, recipe: dict | None = None, *, labelled: bool = True) -> Trainer:
+def make(folder: Path, recipe: dict | None = None, *, labeled: bool = True) -> SSLTrainer:
     resolved = recipe_from_dict(recipe or tree())
     images = load_images(resolved.data, "train")
-    test = load_images(resolved.data, "test", like=images.preprocessing) if labelled else None
-    return build_trainer(resolved, folder, images, bank=images if labelled else None, test=test)
+    test = load_images(resolved.data, "test", like=images.preprocessing) if labeled else None
+    return build_trainer(resolved, folder, images, bank=images if labeled else None, test=test)
 
 
 def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
@@ -64,15 +64,15 @@ def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
 
 
 def test_label_free_runs_need_no_labels(tmp_path: Path):
-    make(tmp_path, labelled=False).train()
+    make(tmp_path, labeled=False).train()
     looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
     assert "rankme" in looks[0] and "knn" not in looks[0]
-    with pytest.raises(InputError, match="keep_best: knn needs labelled"):
-        make(tmp_path / "other", tree(keep_best="knn"), labelled=False)
+    with pytest.raises(InputError, match="keep_best: knn needs labeled"):
+        make(tmp_path / "other", tree(keep_best="knn"), labeled=False)
 
 
 def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
-    make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labelled=False).train()
+    make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labeled=False).train()
     looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
     best = max(looks, key=lambda line: line["rankme"])
     store = CheckpointStore(tmp_path)

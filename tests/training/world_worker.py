@@ -38,7 +38,7 @@ def recipe_of(name: str, accumulation: int, batch_norm: str, learning_rate: floa
         "training": {
             "batch_size": 16,
             "max_steps": steps,
-            "gradient_accumulation_steps": accumulation,
+            "forward_chunks": accumulation,
             "batch_norm": batch_norm,
             "max_grad_norm": 5.0,
             "device": "cpu",

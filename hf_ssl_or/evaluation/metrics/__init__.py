@@ -19,7 +19,7 @@ def available_metrics() -> list[str]:
 
 
 def metric_path(name: str) -> str:
-    """Gives the folder of a metric, for `evaluate.load(metric_path("rankme"))`.
+    """Returns the folder of a metric, for `evaluate.load(metric_path("rankme"))`.
 
     Raises:
         InputError: There is none of that name.

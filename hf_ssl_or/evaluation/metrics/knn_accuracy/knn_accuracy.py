@@ -1,4 +1,4 @@
-"""Accuracy of weighted nearest neighbours for the `evaluate` library."""
+"""Accuracy of weighted nearest neighbors for the `evaluate` library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import evaluate
 import numpy as np
 import torch
 
-from hf_ssl_or.evaluation.knn import knn_accuracy
+from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
 
 _DESCRIPTION = "kNN accuracy: how often the labels of the nearest images, weighted by likeness, give the right class."
 
@@ -18,10 +18,10 @@ _INPUTS = """
 Args:
     predictions: Features of the images to classify, one row of numbers per image.
     references: Their classes, from 0.
-    bank: Features of the labelled images that vote, as many numbers a row.
+    bank: Features of the labeled images that vote, as many numbers a row.
     bank_labels: Their classes.
-    k: One or more numbers of neighbours, at most the size of the bank.
-    temperature: Divides the cosine similarity in a neighbour's weight.
+    k: One or more numbers of neighbors, at most the size of the bank.
+    temperature: Divides the cosine similarity in a neighbor's weight.
 
 Returns:
     top1_k<k>, top5_k<k>: Accuracies between 0 and 1, for every k.
@@ -38,7 +38,7 @@ _CITATION = """\
 
 
 class KnnAccuracy(evaluate.Metric):
-    """Accuracy of weighted nearest neighbours; `hf_ssl_or.evaluation.knn.knn_accuracy`."""
+    """Accuracy of weighted nearest neighbors; `hf_ssl_or.evaluation.protocols.knn.knn_accuracy`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.base import in_top
+from hf_ssl_or.evaluation.protocols.base import in_top
 
 _DESCRIPTION = "Top-k accuracy: how often the right class is among the k classes with the highest scores."
 

@@ -1,0 +1,105 @@
+"""Two families that most methods belong to: a loss of all projections, and a student with a momentum teacher.
+
+A family holds what its methods would repeat: settings, heads, the forward. A method adds its loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import SSLMethod, require_positive
+from hf_ssl_or.methods.heads import ProjectionHead
+from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
+from hf_ssl_or.settings import settings
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
+
+
+@settings
+class ProjectorConfig:
+    """Settings of every method with a projector.
+
+    Attributes:
+        projector_hidden: Width of the projector's hidden layers.
+        projector_dim: D, the width of the projections.
+        projector_layers: Number of linear layers.
+    """
+
+    projector_hidden: int = 2048
+    projector_dim: int = 256
+    projector_layers: int = 2
+
+    def validate_projector(self) -> None:
+        """Checks that the projector's sizes make sense."""
+        require_positive(self, "projector_hidden", "projector_dim", "projector_layers")
+
+
+class ProjectionMethod(SSLMethod, abstract=True):
+    """A method whose loss is a function of the projections of the global batch, `loss`.
+
+    Its `config_class` is a `ProjectorConfig`.
+    """
+
+    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.projector = self.build_projector()
+
+    def build_projector(self) -> nn.Module:
+        """Builds the projector, F -> D; a method with another one overrides this."""
+        return self.projection_head()
+
+    def projection_head(self, **form: bool) -> ProjectionHead:
+        """Builds a head of the settings' sizes; `form` goes to `ProjectionHead`."""
+        config = self.config
+        sizes = self.feature_size, config.projector_hidden, config.projector_dim
+        return ProjectionHead(*sizes, layers=config.projector_layers, **form)
+
+    def forward(self, batch: MultiViewBatch) -> SSLOutput:
+        """Compares the projections of the views."""
+        z_VBD = self.projector(self.encode(batch.views_VBCHW))
+        loss, terms = self.loss(gather_batch(z_VBD, dim=1), batch)
+        return self.output(loss, terms, z_VBD)
+
+    def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its terms from the projections of the global batch; `batch` has seed and step."""
+        raise NotImplementedError
+
+
+@settings
+class MomentumConfig(ProjectorConfig):
+    """Settings of every method with a momentum teacher.
+
+    Attributes:
+        momentum: Share of itself that the teacher keeps in the first step.
+        final_momentum: The same at the end of training; the way there is half a cosine.
+    """
+
+    momentum: float | int = 0.99
+    final_momentum: float | int = 1.0
+
+    def validate_momentum(self) -> None:
+        """Checks that the momenta are shares."""
+        for name in ("momentum", "final_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+
+
+class MomentumMethod(ProjectionMethod, abstract=True):
+    """A method with a momentum teacher, whose `config_class` is a `MomentumConfig`; it defines its own `forward`."""
+
+    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
+        super().__init__(encoder, config, **sizes)
+        self.teacher = MomentumTeacher(self.encoder, self.projector)
+
+    @torch.no_grad()
+    def targets(self, views_VBCHW: Tensor) -> Tensor:
+        """Returns the teacher's projections of this process's views, without gradient: (V, B, D)."""
+        return self.teacher.projector(self.encode(views_VBCHW, self.teacher.encoder))
+
+    def on_step_end(self, step: int, total_steps: int) -> None:
+        """Moves the teacher towards the student."""
+        momentum = cosine_momentum(self.config.momentum, self.config.final_momentum, step, total_steps)
+        self.teacher.update(self.encoder, self.projector, momentum)

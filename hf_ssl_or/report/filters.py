@@ -1,0 +1,134 @@
+"""What became of the weights: the orthogonality error of every layer, and how alike the filters of one layer are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
+
+from hf_ssl_or.report.run_reader import Run, read_weight
+from hf_ssl_or.report.spectrum_plots import short_name
+from hf_ssl_or.report.style import MARKERS, Drawn, add_legend, color, legend_height, panels, save, shorten
+
+MOST_FILTERS = 256
+_ROW = 0.17  # inches of a layer
+_GRAM = "\N{DOUBLE VERTICAL LINE}G \N{MINUS SIGN} I\N{DOUBLE VERTICAL LINE}"
+
+
+def plot_errors(runs: Sequence[Run], folder: Path) -> Drawn | None:
+    """Draws the orthogonality error of every layer: bars for one run, before and after, or a marker per run."""
+    shown = [(i, run) for i, run in enumerate(runs) if run.errors]
+    if not shown:
+        return None
+    layers = list(dict.fromkeys(layer for _, run in shown for layer in run.errors))
+    one = len(shown) == 1
+    labels = ["before training", "after"] if one and shown[0][1].errors_before else [] if one else _run_names(shown)
+    row = 2 * _ROW if one and labels else 1.3 * _ROW
+    top = 0.15 + legend_height(labels, 9.5)
+    names = [shorten(layer.removeprefix("timm_model.").removesuffix(".weight"), 40) for layer in layers]
+    left = 0.3 + 0.068 * max(map(len, names))
+    figure, (axes,) = panels(1, width=9.3 - left, height=row * len(layers) + 0.1, left=left, top=top, right=0.2)
+    draw = _bars if one else _dots
+    add_legend(figure, draw(axes, layers, shown), labels)
+    axes.set_yticks(range(len(layers)), names)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.grid(axis="y", visible=not one)
+    axes.set_xlabel(f"{_GRAM} (Frobenius norm, G the smaller Gram matrix of the weight)")
+    parts = [f"{run.name}: mean {np.mean(list(run.errors.values())):.4g}{_before(run)}" for _, run in shown]
+    alt = f"Orthogonality error of {len(layers)} layers. {'; '.join(parts)}."
+    caption = "0 is a weight with orthonormal rows or columns. Layers of more channels have larger errors."
+    return save(figure, folder, "orthogonality", title="Orthogonality error per layer", alt=alt, caption=caption)
+
+
+def _run_names(shown: Sequence[tuple[int, Run]]) -> list[str]:
+    return [shorten(run.name) for _, run in shown]
+
+
+def _before(run: Run) -> str:
+    return f" (before training {np.mean(list(run.errors_before.values())):.4g})" if run.errors_before else ""
+
+
+def _bars(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, Run]]) -> list[Artist]:
+    run, y = shown[0][1], np.arange(len(layers))
+    after = [run.errors.get(layer, 0.0) for layer in layers]
+    if not run.errors_before:
+        axes.barh(y, after, height=0.7, color=color(0))
+        return []
+    before = [run.errors_before.get(layer, 0.0) for layer in layers]
+    axes.barh(y - 0.19, before, height=0.36, facecolor="none", edgecolor=color(6), hatch="/////", linewidth=0.8)
+    axes.barh(y + 0.19, after, height=0.36, color=color(0))
+    return [Patch(facecolor="none", edgecolor=color(6), hatch="/////"), Patch(facecolor=color(0))]
+
+
+def _dots(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, Run]]) -> list[Artist]:
+    handles: list[Artist] = []
+    for i, run in shown:
+        places = [y for y, layer in enumerate(layers) if layer in run.errors]
+        errors = [run.errors[layers[y]] for y in places]
+        handles += axes.plot(errors, places, color=color(i), marker=MARKERS[i], linestyle="none", markersize=5.5)
+    return handles
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filters
+
+
+def plot_filters(runs: Sequence[Run], folder: Path) -> Drawn | None:
+    """Draws the absolute correlations among the filters of each run's deepest drawn weight, similar ones together."""
+    found = [(run, name, weight) for run in runs for name, weight in [_deepest_weight(run)] if weight is not None]
+    if not found:
+        return None
+    figure, all_axes = panels(len(found), width=2.75, height=2.75, gap=(0.5, 0.75), top=0.4, right=0.95)
+    parts = []
+    for axes, (run, name, weight_OI) in zip(all_axes, found, strict=True):
+        correlation = ordered_correlations(weight_OI)
+        mean = float(correlation[~np.eye(len(correlation), dtype=bool)].mean())
+        image = axes.imshow(correlation, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axes.grid(visible=False)
+        axes.set_title(shorten(run.name))
+        axes.set_xlabel(f"{short_name(f'weight/{name}')}, mean {mean:.3f}")
+        parts.append(f"{run.name}, {name}: mean {mean:.3f}, {len(correlation)} of {len(weight_OI)} filters")
+    _color_bar(figure, image)
+    caption = (
+        "Absolute correlations among filters, ordered so that similar ones lie together: bright blocks are filters "
+        f"that repeat one another. At most {MOST_FILTERS} filters are drawn, evenly spaced. "
+        "After figure 5 of He, Du and Ma (NeurIPS 2024)."
+    )
+    alt = f"Heat maps of the correlations among the filters of the deepest layer. {'; '.join(parts)}."
+    return save(figure, folder, "filters", title="Filter correlations", alt=alt, caption=caption)
+
+
+def ordered_correlations(weight_OI: np.ndarray) -> np.ndarray:
+    """Absolute correlations among the rows of a weight, ordered by the second eigenvector of their Laplacian.
+
+    Returns:
+        (n, n) float64 with n at most 256; a constant row correlates with none.
+    """
+    picked = weight_OI[np.unique(np.linspace(0, len(weight_OI) - 1, MOST_FILTERS).astype(int))].astype(np.float64)
+    centerd = picked - picked.mean(1, keepdims=True)
+    norm = np.linalg.norm(centerd, axis=1, keepdims=True)
+    unit = centerd / np.where(norm > 0, norm, 1)
+    correlation = np.abs(unit @ unit.T).clip(max=1)
+    np.fill_diagonal(correlation, 1)
+    root = 1 / np.sqrt(correlation.sum(1))
+    _, vectors = np.linalg.eigh(correlation * np.outer(root, root))
+    order = np.argsort(vectors[:, -2] * root) if len(correlation) > 2 else np.arange(len(correlation))
+    return correlation[np.ix_(order, order)]
+
+
+def _deepest_weight(run: Run) -> tuple[str, np.ndarray | None]:
+    latest = run.spectra[-1][1] if run.spectra else {}
+    names = [key.removeprefix("weight/") for key in latest if key.startswith("weight/")]
+    return (names[-1], read_weight(run, names[-1])) if names else ("", None)
+
+
+def _color_bar(figure: Figure, image: AxesImage) -> None:
+    width, height = figure.get_size_inches()
+    bar = figure.add_axes(((width - 0.75) / width, 0.5 / height, 0.13 / width, 2.75 / height))
+    figure.colorbar(image, cax=bar, label="|correlation|")
