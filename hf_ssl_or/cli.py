@@ -121,9 +121,7 @@ def _add_embed(verbs: argparse._SubParsersAction) -> None:
     embed.add_argument("--batch-size", type=int, default=256, help="images per forward pass (default: 256)")
     embed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16 encodes under autocast")
     embed.add_argument("--num-workers", type=int, help="threads or processes that decode, as data.num_workers")
-    embed.add_argument(
-        *("--neighbors", "--neighbors"), type=_count, default=0, metavar="K", help="add the K nearest of each image"
-    )
+    embed.add_argument("--neighbors", type=_count, default=0, metavar="K", help="add the K nearest of each image")
     embed.add_argument(
         "--duplicates",
         nargs="?",
