@@ -178,14 +178,10 @@ def build_method(recipe: Recipe) -> SSLMethod:
             )
         except (ValueError, TypeError, OSError) as error:
             raise InputError(f"encoder: {' '.join(str(error).split())}") from error
-        return get_method(recipe.method_name)(
-            model,
-            recipe.method,
-            num_views=recipe.views.count,
-            batch_size=recipe.training.batch_size,
-            num_local_views=recipe.views.local_count,
-            whitening=recipe.feature_whitening,
-        )
+        method = get_method(recipe.method_name)(model, recipe.method, whitening=recipe.feature_whitening)
+        views = recipe.views
+        method.prepare(num_views=views.count, batch_size=recipe.training.batch_size, num_local_views=views.local_count)
+        return method
 
 
 def view_specs(recipe: Recipe) -> tuple[list[ViewSpec], list[ViewSpec]]:
