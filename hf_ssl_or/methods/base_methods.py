@@ -1,11 +1,9 @@
-"""Two families that most methods belong to: a loss of all projections, and a student with a momentum teacher.
+"""The base classes of most methods: a loss of all projections, and a student with a momentum teacher.
 
-A family holds what its methods would repeat: settings, heads, the forward. A method adds its loss.
+A base class holds what its methods would repeat: settings, heads, the forward. A method adds its loss.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +41,8 @@ class ProjectionMethod(SSLMethod, abstract=True):
     Its `config_class` is a `ProjectorConfig`.
     """
 
-    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Builds the projector."""
         self.projector = self.build_projector()
 
     def build_projector(self) -> nn.Module:
@@ -90,8 +88,9 @@ class MomentumConfig(ProjectorConfig):
 class MomentumMethod(ProjectionMethod, abstract=True):
     """A method with a momentum teacher, whose `config_class` is a `MomentumConfig`; it defines its own `forward`."""
 
-    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Adds the teacher."""
+        super().build_heads()
         self.teacher = MomentumTeacher(self.encoder, self.projector)
 
     @torch.no_grad()

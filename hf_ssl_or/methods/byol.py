@@ -11,9 +11,7 @@ mean is not scaled back to unit length: its length says how far the targets agre
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
@@ -24,7 +22,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(MomentumConfig):
+class BYOLConfig(MomentumConfig):
     """Settings of BYOL.
 
     Attributes:
@@ -47,10 +45,10 @@ def byol_loss(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     return 4 + 4 * negative_cosine(p_VND, target_VND)
 
 
-class Method(MomentumMethod):
+class BYOL(MomentumMethod):
     """BYOL for any number of views."""
 
-    config_class = Config
+    config_class = BYOLConfig
     views = (  # solo-learn, CIFAR: asymmetric
         ViewSpec(crop_scale=(0.08, 1.0)),
         ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
@@ -64,9 +62,10 @@ class Method(MomentumMethod):
   year = {2020}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
+    def build_heads(self) -> None:
+        """Adds the predictor."""
+        super().build_heads()
+        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the teacher's projections of the other views."""

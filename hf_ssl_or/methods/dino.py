@@ -13,8 +13,6 @@ ones, and stays it for more; its cost is that of the views, as `swapped_cross_en
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(MomentumConfig):
+class DINOConfig(MomentumConfig):
     """Settings of DINO.
 
     Attributes:
@@ -36,7 +34,7 @@ class Config(MomentumConfig):
         prototypes: K, their number.
         freeze_prototypes_steps: In how many first steps the prototypes stay as they are.
         student_temperature: Divides the student's cosines.
-        teacher_temperature: Divides the teacher's centerd cosines at first.
+        teacher_temperature: Divides the teacher's centered cosines at first.
         final_teacher_temperature: The same after the warm-up, which is linear.
         teacher_temperature_warmup: The warm-up's share of the training.
         center_momentum: Share of itself that the center keeps in a step.
@@ -82,23 +80,23 @@ def dino_loss(
         teacher_VBK: The teacher's, of the global views.
         center_K: Is subtracted from the teacher's.
         student_temperature: Divides the student's.
-        teacher_temperature: Divides the teacher's, once centerd.
+        teacher_temperature: Divides the teacher's, once centered.
     """
     targets_VBK = ((teacher_VBK - center_K) / teacher_temperature).softmax(-1)
     return swapped_cross_entropy(scores_SBK, targets_VBK, student_temperature)
 
 
-def warmed_up_temperature(config: Config, step: int, total_steps: int) -> float:
+def warmed_up_temperature(config: DINOConfig, step: int, total_steps: int) -> float:
     """Returns the teacher's temperature in a step: linear over the warm-up, then constant."""
     start, end, share = config.teacher_temperature, config.final_teacher_temperature, config.teacher_temperature_warmup
     progress = min(1.0, step / (share * total_steps)) if share else 1.0
     return start + (end - start) * progress
 
 
-class Method(MomentumMethod):
+class DINO(MomentumMethod):
     """DINO for any number of global and local views."""
 
-    config_class = Config
+    config_class = DINOConfig
     takes_local_views = True
     views = (  # solo-learn, CIFAR: asymmetric
         ViewSpec(crop_scale=(0.08, 1.0)),
@@ -116,10 +114,11 @@ class Method(MomentumMethod):
     center_K: Tensor
     teacher_temperature: Tensor
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.register_buffer("center_K", torch.zeros(config.prototypes))
-        self.register_buffer("teacher_temperature", torch.tensor(warmed_up_temperature(config, 0, 1)))
+    def build_heads(self) -> None:
+        """Adds the center and the teacher's temperature."""
+        super().build_heads()
+        self.register_buffer("center_K", torch.zeros(self.config.prototypes))
+        self.register_buffer("teacher_temperature", torch.tensor(warmed_up_temperature(self.config, 0, 1)))
 
     def build_projector(self) -> nn.Module:
         """Builds the MLP and the prototypes as one module, of which the teacher has a copy."""
@@ -149,7 +148,7 @@ class Method(MomentumMethod):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Draws linear layers as the authors' code does."""
+    """Initializes linear layers as the authors' code does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -32,7 +32,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class LeJEPAConfig(ProjectorConfig):
     """Settings of LeJEPA.
 
     Attributes:
@@ -85,7 +85,7 @@ def lejepa_loss(
 
 
 def sigreg(z_SBD: Tensor, directions_DA: Tensor, knots: int, largest_frequency: float) -> Tensor:
-    """Means the Epps-Pulley statistic of the global batch over views and directions; arguments as in `lejepa_loss`."""
+    """Returns the mean Epps-Pulley statistic over views and directions; arguments as in `lejepa_loss`."""
     images, step = z_SBD.shape[1] * world_size(), largest_frequency / (knots - 1)
     t_T = step * torch.arange(1, knots, dtype=z_SBD.dtype, device=z_SBD.device)  # both functions are 1 at t = 0
     gaussian_T = (-t_T.square() / 2).exp()
@@ -132,10 +132,10 @@ def _wave(angles: Tensor) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
-class Method(ProjectionMethod):
+class LeJEPA(ProjectionMethod):
     """LeJEPA for any number of global and local views."""
 
-    config_class = Config
+    config_class = LeJEPAConfig
     takes_local_views = True
     views = (ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),)  # the authors' README without blur, for small images
     citation = """@misc{balestriero2025lejepa,

@@ -29,7 +29,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class MMCRConfig(ProjectorConfig):
     """Settings of MMCR.
 
     Attributes:
@@ -90,10 +90,10 @@ def mmcr_loss(z_VBD: Tensor, local_weight: float = 0.0) -> tuple[Tensor, dict[st
     return local_weight * local_norm - centroid_norm, {"centroid_norm": centroid_norm, "local_norm": local_norm}
 
 
-class Method(ProjectionMethod):
+class MMCR(ProjectionMethod):
     """MMCR for any number of views."""
 
-    config_class = Config
+    config_class = MMCRConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the authors' code, CIFAR
     citation = """@inproceedings{yerxa2023learning,
   title = {Learning Efficient Coding of Natural Images with Maximum Manifold Capacity Representations},

@@ -10,8 +10,6 @@ both directions; the factor 2 T, also published, makes gradients depend less on 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(MomentumConfig):
+class MoCoV3Config(MomentumConfig):
     """Settings of MoCo v3.
 
     Attributes:
@@ -53,10 +51,10 @@ def moco_v3_loss(p_VBD: Tensor, key_VND: Tensor, temperature: float, first: int 
     return 4 * temperature * contrast(p_VBD, key_VND, temperature, first)
 
 
-class Method(MomentumMethod):
+class MoCoV3(MomentumMethod):
     """MoCo v3 for any number of views."""
 
-    config_class = Config
+    config_class = MoCoV3Config
     views = (  # solo-learn, CIFAR: asymmetric
         ViewSpec(crop_scale=(0.08, 1.0)),
         ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
@@ -68,8 +66,10 @@ class Method(MomentumMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Adds the predictor."""
+        super().build_heads()
+        config = self.config
         self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden, last_norm=config.predictor_norm)
 
     def build_projector(self) -> nn.Module:

@@ -11,8 +11,6 @@ published, the queue takes the projections of one view, the first.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class NNCLRConfig(ProjectorConfig):
     """Settings of NNCLR.
 
     Attributes:
@@ -55,10 +53,10 @@ def nnclr_loss(p_VND: Tensor, neighbor_VND: Tensor, temperature: float) -> tuple
     return contrast(neighbor_VND, p_VND, temperature), {"positive_cosine": cosine}
 
 
-class Method(ProjectionMethod):
+class NNCLR(ProjectionMethod):
     """NNCLR for any number of views."""
 
-    config_class = Config
+    config_class = NNCLRConfig
     views = (  # solo-learn, CIFAR: asymmetric
         ViewSpec(crop_scale=(0.08, 1.0)),
         ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
@@ -72,10 +70,16 @@ class Method(ProjectionMethod):
 
     fresh_ND: Tensor  # this step's projections, until they are pushed
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
-        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
+    def build_heads(self) -> None:
+        """Adds the predictor and the queue."""
+        super().build_heads()
+        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
+        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim)
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also checks that the queue is a multiple of the batch."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        self.queue.prepare(batch_size)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalization (here with scale and shift, as published) at its end."""
