@@ -79,14 +79,14 @@ def build_trainer(
         "monitor_every": 0,
     }
     return SSLTrainer(
-        kind(net, config, num_views=views, batch_size=batch),
+        kind(net, config),
         SSLTrainingArguments(
+            output_dir=run_dir,
             batch_size=batch,
             device="auto" if device is not None and device.type == "cuda" else "cpu",
             **{**defaults, **arguments},
         ),
         images,
-        run_dir,
         views=[spec or ViewSpec()] * views,
         orthogonality=OrthogonalityConfig(penalty=penalty, weight=1e-6) if penalty != "none" else None,
     )

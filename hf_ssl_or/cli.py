@@ -387,8 +387,8 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.report.preview import plot_preview
     from hf_ssl_or.recipe import load_recipe
+    from hf_ssl_or.report.preview import plot_preview
     from hf_ssl_or.run import load_training_images, view_specs
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

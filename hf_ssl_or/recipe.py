@@ -9,7 +9,6 @@ written into the run's folder.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import types
 import typing
@@ -124,6 +123,7 @@ class Recipe:
 
 
 _MOST_VALUES, _MOST_NESTED = 10_000, 20
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.

@@ -62,9 +62,9 @@ def pretrain(
     Raises:
         InputError: Something from outside is wrong; the message names it.
     """
-    name = "recipe"
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "recipe"
     if isinstance(recipe, str | Path):
-        recipe, name = load_recipe(recipe, overrides), Path(recipe).stem
+        recipe = load_recipe(recipe, overrides)
     elif isinstance(recipe, Mapping):
         recipe = recipe_from_dict(recipe).override(overrides)
     elif overrides:

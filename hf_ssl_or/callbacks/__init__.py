@@ -1,1 +1,1 @@
-"""What is not the step: the log, the progress bar, the monitor, checkpoints and pushes are callbacks of the trainer."""
+"""What is not the step: log, progress bar, monitor, checkpoints and pushes are callbacks of the trainer."""

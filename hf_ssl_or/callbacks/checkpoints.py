@@ -24,11 +24,9 @@ class CheckpointCallback(SSLCallback):
         self.saver = BackgroundSaver(trainer.store)
         return self.saver
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint of an encoder whose measure decides which one is kept."""
-        if (value := metrics.get(f"eval_{args.keep_best}")) is not None:
+        if (value := kwargs["metrics"].get(f"eval_{args.keep_best}")) is not None:
             self.best, control.should_save = (value, args.keep_best), True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

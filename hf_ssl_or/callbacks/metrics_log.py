@@ -28,12 +28,12 @@ class MetricsLogCallback(SSLCallback):
         trainer.accelerator.init_trackers("hf_ssl_or", config=flatten(trainer.recipe))
         yield
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes one line; an evaluation is told by transformers' prefix of its names."""
-        measured = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        self.log.write("monitor" if measured else "train", state.global_step - 1, measured or logs)
+        measured = {
+            name.removeprefix("eval_"): value for name, value in kwargs["logs"].items() if name.startswith("eval_")
+        }
+        self.log.write("monitor" if measured else "train", state.global_step - 1, measured or kwargs["logs"])
 
 
 def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | float | bool]:

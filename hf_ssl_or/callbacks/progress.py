@@ -27,12 +27,12 @@ class ProgressCallback(SSLCallback):
         """Counts one step."""
         self.progress.advance()
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Shows the newest numbers."""
-        measured = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        self.progress.show_monitor(measured) if measured else self.progress.show(logs)
+        measured = {
+            name.removeprefix("eval_"): value for name, value in kwargs["logs"].items() if name.startswith("eval_")
+        }
+        self.progress.show_monitor(measured) if measured else self.progress.show(kwargs["logs"])
 
 
 class Waited(Protocol):

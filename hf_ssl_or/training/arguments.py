@@ -105,7 +105,10 @@ class SSLTrainingArguments:
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """Returns flat values that any tracker takes."""
-        return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in self.to_dict().items()}
+        return {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in self.to_dict().items()
+        }
 
     # What callbacks of transformers read, under transformers' names.
 

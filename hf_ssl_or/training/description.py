@@ -14,6 +14,7 @@ from torch import nn
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod
+from hf_ssl_or.methods.whitening import WhiteningConfig
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.structures import ViewSpec
 
@@ -87,7 +88,7 @@ def describe(
         "evaluation_data": None,
         "encoder": describe_encoder(method.encoder),
         "method": {"name": method.name, **method.settings()},
-        "feature_whitening": plain(method.whitening),
+        "feature_whitening": plain(method.whitening or WhiteningConfig()),
         "views": {
             "count": len(views),
             "specs": specs,
@@ -116,7 +117,8 @@ def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
     if isinstance(encoder, SSLModel):
         known = {key: getattr(config, key) for key in named if hasattr(config, key)}
         return named | known | {"name": config.architecture}
-    return named | {"name": encoder.description["name"], "library": encoder.description["library"]}
+    description: Any = encoder.description
+    return named | {"name": description["name"], "library": description["library"]}
 
 
 def name_of(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def resolve_method(
         if isinstance(encoder, nn.Module):
             return method_class(encoder), ["encoder"]
         try:
-            made = create_encoder(os.fspath(encoder), **({"image_size": image_size} if image_size else {}))
+            made = create_encoder(os.fspath(encoder), image_size=image_size)
         except (ValueError, TypeError, OSError) as error:
             raise InputError(f"encoder: {' '.join(str(error).split())}") from error
         return method_class(made), []
@@ -112,7 +112,9 @@ def resolve_data(dataset: Any, data: Any, encoder: Any) -> DataArguments:
 def stored_size(data: DataArguments, views: Sequence[View]) -> DataArguments:
     """Sets how large images are stored, where the settings leave that to the views."""
     specs = [view for view in views if isinstance(view, ViewSpec)]
-    return data if data.cache_size else replace(data, cache_size=default_bound(data.image_size, specs or (ViewSpec(),)))
+    return (
+        data if data.cache_size else replace(data, cache_size=default_bound(data.image_size, specs or (ViewSpec(),)))
+    )
 
 
 def resolve_views(views: Views, method: type[SSLMethod], num_channels: int) -> list[View]:
@@ -132,7 +134,7 @@ def resolve_views(views: Views, method: type[SSLMethod], num_channels: int) -> l
             raise InputError(f"views: at least 1 view, not {count}")
         own = list(method.views) if num_channels == 3 else [without_color(spec) for spec in method.views]
         return [own[i % len(own)] for i in range(count)]
-    items = list(views) if isinstance(views, Sequence) and not isinstance(views, str) else [views, views]
+    items: list[Any] = list(views) if isinstance(views, Sequence) and not isinstance(views, str) else [views, views]
     for item in items:
         if not isinstance(item, ViewSpec) and not callable(item):
             raise InputError(f"views: a number, ViewSpec objects or callables are wanted, not {item!r:.60}")
@@ -172,7 +174,9 @@ def take_optimizer(
         )
     wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     if left := len(wanted - {id(parameter) for parameter in held}):
-        warnings.warn(f"optimizers: {left} trainable parameters are not in the optimizer and stay as they are", stacklevel=3)
+        warnings.warn(
+            f"optimizers: {left} trainable parameters are not in the optimizer and stay as they are", stacklevel=3
+        )
     for group in optimizer.param_groups:
         group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
         group.setdefault("base_lr", group["lr"])

@@ -159,7 +159,14 @@ class SSLTrainer:
         self.baselines: dict[str, Any] = {}
         self.train_seconds, self._stopped = 0.0, False
         self.results: dict[str, Any] = {}
-        own = (ScheduleCallback, self._monitor(), MetricsLogCallback, ProgressCallback, CheckpointCallback, PushCallback)
+        own = (
+            ScheduleCallback,
+            self._monitor(),
+            MetricsLogCallback,
+            ProgressCallback,
+            CheckpointCallback,
+            PushCallback,
+        )
         self.callbacks = CallbackList([*own, *callbacks], args=self.args, state=self.state, context=self._context)
 
     def _prepare(self, method: SSLMethod, optimizers: tuple[torch.optim.Optimizer | None, Any]) -> None:
@@ -375,9 +382,7 @@ class SSLTrainer:
         args, step = self.args, batch.step
         torch.manual_seed(hashed_seed(args.seed, "step", step, self.accelerator.process_index))
         if self.scheduler is None:
-            set_learning_rate(
-                self.optimizer, learning_rate(step, self.total_steps, self.warmup_steps, args.optimizer)
-            )
+            set_learning_rate(self.optimizer, learning_rate(step, self.total_steps, self.warmup_steps, args.optimizer))
         output = self.wrapped_model(batch)
         self.accelerator.backward(output.loss)
         if self.accelerator.scaler is not None:
@@ -506,7 +511,8 @@ class SSLTrainer:
             return
         if not resume and self.store.steps():
             raise InputError(
-                f"{self.run_dir}: holds a run; train(resume_from_checkpoint=True) continues it, or give another output_dir"
+                f"{self.run_dir}: holds a run; train(resume_from_checkpoint=True) continues it, or give "
+                "another output_dir"
             )
         with RunLock(self.run_dir):
             yield

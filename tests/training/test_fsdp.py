@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from world_worker import RESNET, STEPS, VIT, recipe_of, without_kinks
 
+from hf_ssl_or.callbacks.metrics_log import read_metrics
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
 from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.fsdp import gather_groups
-from hf_ssl_or.training.log import read_metrics
 from hf_ssl_or.training.optim import clip_gradients
 from hf_ssl_or.training.trainer import SSLTrainer
 
@@ -59,9 +60,8 @@ def build(case: str, fsdp: bool, dtype: torch.dtype, folder: Path, **training: A
     views, local_views = view_specs(recipe)
     return SSLTrainer(
         method,
-        recipe.training,
+        replace(recipe.training, output_dir=str(folder)),
         images,
-        folder,
         views=views,
         local_views=local_views,
         orthogonality=recipe.orthogonality,
@@ -96,7 +96,7 @@ def run(fsdp: bool, folder: Path, *, start: Path | None = None) -> None:
     if start is not None and trainer.accelerator.is_main_process:
         shutil.copytree(start / "checkpoints" / "step-3", folder / "checkpoints" / "step-3")
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume=start is not None)
+    trainer.train(resume_from_checkpoint=start is not None)
     if trainer.accelerator.is_main_process:
         trainer.method.encoder.save_pretrained(folder / "encoder")
 
