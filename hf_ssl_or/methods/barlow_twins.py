@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import batch_standardize, full_precision, product_split
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch
 
 Standardize = Literal["per_view", "all_views"]
 
@@ -136,13 +136,15 @@ def _blocks(z_VND: Tensor) -> Iterator[slice]:
 
 
 class BarlowTwins(ProjectionMethod):
-    """Barlow Twins for any number of views."""
+    """Barlow Twins for any number of views.
+
+    Example:
+        method = BarlowTwins(encoder, projector_dim=256)
+        method(batch).loss.backward()
+    """
 
     config_class = BarlowTwinsConfig
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{zbontar2021barlow,
   title = {Barlow Twins: Self-Supervised Learning via Redundancy Reduction},
   author = {Zbontar, Jure and Jing, Li and Misra, Ishan and LeCun, Yann and Deny, St{\\'e}phane},

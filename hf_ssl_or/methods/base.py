@@ -28,9 +28,6 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 class SSLMethod(nn.Module):
     """A self-supervised method: encoder, heads and loss.
 
-        method = BYOL(encoder, projector_dim=256)
-        method(batch).loss.backward()
-
     A subclass sets the class attributes and defines `build_heads` and `forward`. The class attributes are checked when
     the class is defined; `class Shared(SSLMethod, abstract=True)` is not checked.
 
@@ -261,6 +258,20 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}: must be above 0, not {getattr(config, name)}")
+
+
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError, naming the field, unless all these fields of `config` are at least `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: must be at least {least}, not {getattr(config, name)}")
+
+
+def require_share(config: Any, *names: str) -> None:
+    """Raises ValueError, naming the field, unless all these fields of `config` lie in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}: lies in [0, 1], not {getattr(config, name)}")
 
 
 def _signature(config_class: type) -> inspect.Signature:

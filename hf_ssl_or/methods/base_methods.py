@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive
+from hf_ssl_or.methods.base import SSLMethod, require_positive, require_share
 from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+ASYMMETRIC_VIEWS = (  # solo-learn, CIFAR
+    ViewSpec(crop_scale=(0.08, 1.0)),
+    ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
+)
 
 
 @settings
@@ -80,9 +85,7 @@ class MomentumConfig(ProjectorConfig):
 
     def validate_momentum(self) -> None:
         """Checks that the momenta are shares."""
-        for name in ("momentum", "final_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+        require_share(self, "momentum", "final_momentum")
 
 
 class MomentumMethod(ProjectionMethod, abstract=True):

@@ -14,11 +14,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
@@ -46,13 +46,15 @@ def byol_loss(p_VND: Tensor, target_VND: Tensor) -> Tensor:
 
 
 class BYOL(MomentumMethod):
-    """BYOL for any number of views."""
+    """BYOL for any number of views.
+
+    Example:
+        method = BYOL(encoder, projector_dim=256)
+        method(batch).loss.backward()  # and after the optimizer's step: method.on_step_end(step, total_steps)
+    """
 
     config_class = BYOLConfig
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{grill2020bootstrap,
   title = {Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning},
   author = {Grill, Jean-Bastien and Strub, Florian and Altch{\\'e}, Florent and Tallec, Corentin and

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import mean_over_ranks
-from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base import require_at_least, require_positive, require_share
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
@@ -56,13 +56,9 @@ class DINOConfig(MomentumConfig):
     def validate_ranges(self) -> None:
         """Checks that sizes, temperatures and shares make sense."""
         require_positive(self, "student_temperature", "teacher_temperature", "final_teacher_temperature")
-        if self.prototypes < 2:
-            raise ValueError(f"prototypes: must be at least 2, not {self.prototypes}")
-        if self.freeze_prototypes_steps < 0:
-            raise ValueError(f"freeze_prototypes_steps: must be at least 0, not {self.freeze_prototypes_steps}")
-        for name in ("teacher_temperature_warmup", "center_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+        require_at_least(self, 2, "prototypes")
+        require_at_least(self, 0, "freeze_prototypes_steps")
+        require_share(self, "teacher_temperature_warmup", "center_momentum")
 
 
 @full_precision
@@ -94,14 +90,16 @@ def warmed_up_temperature(config: DINOConfig, step: int, total_steps: int) -> fl
 
 
 class DINO(MomentumMethod):
-    """DINO for any number of global and local views."""
+    """DINO for any number of global and local views.
+
+    Example:
+        method = DINO(encoder, prototypes=1024)
+        batch = MultiViewBatch(views_VBCHW=views, local_views_VBCHW=local_views, index_B=index)
+    """
 
     config_class = DINOConfig
     takes_local_views = True
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{caron2021emerging,
   title = {Emerging Properties in Self-Supervised Vision Transformers},
   author = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J{\\'e}gou, Herv{\\'e} and Mairal, Julien and

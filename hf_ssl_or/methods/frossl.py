@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, product_split
 from hf_ssl_or.settings import settings
@@ -39,8 +40,7 @@ class FroSSLConfig(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that the weight is not negative."""
-        if self.invariance_weight < 0:
-            raise ValueError(f"invariance_weight: must be at least 0, not {self.invariance_weight}")
+        require_at_least(self, 0, "invariance_weight")
 
 
 @full_precision

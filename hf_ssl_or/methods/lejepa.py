@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import sum_over_ranks, world_size
-from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.base import require_at_least, require_positive, require_share
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.randomness import keyed_generator
@@ -53,10 +53,8 @@ class LeJEPAConfig(ProjectorConfig):
     def validate_ranges(self) -> None:
         """Checks that the share is one and that there is something to integrate."""
         require_positive(self, "directions", "largest_frequency")
-        if not 0 <= self.sigreg_weight <= 1:
-            raise ValueError(f"sigreg_weight: lies in [0, 1], not {self.sigreg_weight}")
-        if self.knots < 2:
-            raise ValueError(f"knots: must be at least 2, not {self.knots}")
+        require_share(self, "sigreg_weight")
+        require_at_least(self, 2, "knots")
 
 
 @full_precision

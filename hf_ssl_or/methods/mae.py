@@ -91,7 +91,12 @@ def number_kept(patches: int, mask_ratio: float) -> int:
 
 
 class MAE(SSLMethod):
-    """MAE for any number of views."""
+    """MAE for any number of views.
+
+    Example:
+        method = MAE(create_encoder("vit_tiny", image_size=32, patch_size=4), mask_ratio=0.75)
+        method(batch).loss.backward()
+    """
 
     config_class = MAEConfig
     min_views = 1

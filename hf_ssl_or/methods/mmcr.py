@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.settings import settings
@@ -43,8 +44,7 @@ class MMCRConfig(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that the weight is not negative."""
-        if self.local_weight < 0:
-            raise ValueError(f"local_weight: must be at least 0, not {self.local_weight}")
+        require_at_least(self, 0, "local_weight")
 
 
 @torch.no_grad()

@@ -68,7 +68,12 @@ def moco_v2_loss(q_VBD: Tensor, key_VOBD: Tensor, queue_VQD: Tensor, temperature
 
 
 class MoCoV2(MomentumMethod):
-    """MoCo v2 for any number of views."""
+    """MoCo v2 for any number of views.
+
+    Example:
+        method = MoCoV2(encoder, queue_size=16384)
+        method.prepare(num_views=2, batch_size=256)  # or the first batch does
+    """
 
     config_class = MoCoV2Config
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4, blur=0.5),)  # solo-learn, CIFAR

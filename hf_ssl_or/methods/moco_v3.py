@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch, rank
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import contrast, full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
@@ -55,10 +55,7 @@ class MoCoV3(MomentumMethod):
     """MoCo v3 for any number of views."""
 
     config_class = MoCoV3Config
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{chen2021empirical,
   title = {An Empirical Study of Training Self-Supervised Vision Transformers},
   author = {Chen, Xinlei and Xie, Saining and He, Kaiming},

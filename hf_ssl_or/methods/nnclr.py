@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import contrast, full_precision, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
@@ -57,10 +57,7 @@ class NNCLR(ProjectionMethod):
     """NNCLR for any number of views."""
 
     config_class = NNCLRConfig
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{dwibedi2021little,
   title = {With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations},
   author = {Dwibedi, Debidatta and Aytar, Yusuf and Tompson, Jonathan and Sermanet, Pierre and Zisserman, Andrew},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl_or.distributed import gather_batch, rank
-from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.base import require_at_least, require_positive
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
@@ -58,11 +58,8 @@ class SwAVConfig(ProjectorConfig):
     def validate_ranges(self) -> None:
         """Checks that sizes, temperatures and steps make sense."""
         require_positive(self, "temperature", "epsilon", "sinkhorn_iterations")
-        if self.prototypes < 2:
-            raise ValueError(f"prototypes: must be at least 2, not {self.prototypes}")
-        for name in ("freeze_prototypes_steps", "queue_size", "queue_from_step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
+        require_at_least(self, 2, "prototypes")
+        require_at_least(self, 0, "freeze_prototypes_steps", "queue_size", "queue_from_step")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
@@ -41,9 +42,7 @@ class VICRegConfig(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that sizes and weights make sense."""
-        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
+        require_at_least(self, 0, "invariance_weight", "variance_weight", "covariance_weight")
 
 
 @full_precision

@@ -117,9 +117,10 @@ def test_beta_follows_the_dimension(tiny_encoder):
     assert auto_beta(256) == pytest.approx(0.0195, rel=0.01)
     assert auto_beta(512) == pytest.approx(5 / 512)
     assert auto_beta(1024) == pytest.approx(2 / 1024)
-    sizes = {"num_views": 2, "batch_size": 4}
-    assert BarlowTwins(tiny_encoder(), BarlowTwinsConfig(projector_dim=128), **sizes).beta == 5 / 128
-    assert BarlowTwins(tiny_encoder(), BarlowTwinsConfig(beta=0.0051), **sizes).beta == 0.0051
+    z_VND = torch.randn(2, 6, 128)
+    for settings, beta in (({}, 5 / 128), ({"beta": 0.0051}, 0.0051)):
+        method = BarlowTwins(tiny_encoder(), projector_dim=128, **settings)
+        assert torch.equal(method.loss(z_VND, None)[0], barlow_twins_loss(z_VND, beta)[0])
 
 
 @pytest.mark.parametrize(
