@@ -40,6 +40,8 @@ from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.preview import plot_preview
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.results import EncoderResults, Results
 from hf_ssl_or.show import print_start
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.checkpoint_choice import Choice, Sample, select_checkpoint, write_choice
@@ -61,7 +63,7 @@ def recipe_and_folder(
     return load_recipe(recipe_path, overrides), output or Path("runs") / recipe_path.stem
 
 
-def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> dict[str, Any] | None:
+def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> Results | None:
     """Runs a recipe from images to results.
 
     Args:
@@ -101,7 +103,7 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
     if is_main:
         save_encoder(recipe, trainer, images, run_dir / "encoder")
     trainer.accelerator.wait_for_everyone()
-    results = {
+    measured = {
         "recipe": recipe.to_dict(),
         "run": {"steps": trainer.total_steps, "train_seconds_this_session": round(seconds, 1)},
         "data": {
@@ -116,14 +118,15 @@ def pretrain(recipe: Recipe, run_dir: str | Path, *, resume: bool = False) -> di
         "baselines": baselines,
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
+    results = None
     if is_main:
-        results["weights_sha256"] = weights_sha256(run_dir / "encoder")
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        results = Results.from_dict(measured | {"weights_sha256": weights_sha256(run_dir / layout.ENCODER)})
+        results.write(run_dir / layout.RESULTS)
     _write_report_material(recipe, trainer, test or images, run_dir)
     trainer.accelerator.end_training()
     if is_main and recipe.training.push_to is not None:
         push_finished(run_dir, recipe.training.push_to)
-    return results if is_main else None
+    return results
 
 
 def load_training_images(recipe: Recipe) -> ImageSet:
@@ -233,7 +236,7 @@ def evaluate(
     dataset: str | None = None,
     protocols: list[str] | None = None,
     output: Path | None = None,
-) -> dict[str, Any]:
+) -> EncoderResults:
     """Evaluates one encoder.
 
     Args:
@@ -259,9 +262,9 @@ def evaluate(
     device = _device()
     evaluated = evaluate_encoder(frozen.model.to(device), *labeled, recipe.evaluation, device=device)
     name = Path(encoder).name if Path(encoder).exists() else encoder
-    results = {"encoder": name, **evaluated, "environment": environment(device, 1)}
+    results = EncoderResults.from_dict({"encoder": name, **evaluated, "environment": environment(device, 1)})
     if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n")
+        results.write(output)
     return results
 
 
