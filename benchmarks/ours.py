@@ -69,7 +69,7 @@ def build_trainer(
     """
     kind = get_method(method)
     known = {field.name for field in dataclasses.fields(kind.config_class)}
-    config = kind.config_class(**{key: value for key, value in (settings or {}).items() if key in known})
+    own = {key: value for key, value in (settings or {}).items() if key in known}
     run_dir = tempfile.mkdtemp(prefix="hf-ssl-or-bench-")
     atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
     net = create_encoder(**ENCODERS[encoder], image_size=images.image_size)
@@ -79,7 +79,7 @@ def build_trainer(
         "monitor_every": 0,
     }
     return SSLTrainer(
-        kind(net, config),
+        kind(net, **own),
         SSLTrainingArguments(
             output_dir=run_dir,
             batch_size=batch,

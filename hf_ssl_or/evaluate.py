@@ -18,6 +18,7 @@ from hf_ssl_or.evaluation.labeled import find_dataset, load_labeled
 from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
 from hf_ssl_or.run import build_method, claim, labeled_images, load_training_images, view_specs
+from hf_ssl_or.runs.results import EncoderResults
 from hf_ssl_or.training import finish
 from hf_ssl_or.training.checkpoint_choice import Choice, Sample, select_checkpoint, write_choice
 
@@ -29,7 +30,7 @@ def evaluate(
     dataset: str | None = None,
     protocols: list[str] | None = None,
     output: Path | None = None,
-) -> dict[str, Any]:
+) -> EncoderResults:
     """Evaluates one encoder.
 
     Args:
@@ -54,9 +55,9 @@ def evaluate(
     device = _device()
     measured = evaluate_encoder(frozen.model.to(device), *labeled, recipe.evaluation, device=device)
     name = Path(encoder).name if Path(encoder).exists() else encoder
-    results = {"encoder": name, **measured, "environment": finish.environment(device, 1)}
+    results = EncoderResults.from_dict({"encoder": name, **measured, "environment": finish.environment(device, 1)})
     if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n")
+        results.write(output)
     return results
 
 

@@ -21,6 +21,7 @@ from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
+from hf_ssl_or.runs.results import Results
 from hf_ssl_or.show import print_start
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.setup import resolve_views, stored_size
@@ -46,7 +47,7 @@ def pretrain(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
-) -> dict[str, Any] | None:
+) -> Results | None:
     """Runs a recipe from images to results: trains, saves the encoder, evaluates it.
 
     Args:
@@ -86,7 +87,7 @@ def pretrain(
     accelerator.end_training()
     if accelerator.is_main_process and recipe.training.push_to is not None:
         push_finished(run_dir, recipe.training.push_to)
-    return trainer.results if accelerator.is_main_process else None
+    return trainer.results
 
 
 def load_training_images(recipe: Recipe) -> ImageSet:

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_ssl_or"
 FLOORS = [
-    {"errors", "settings", "structures", "randomness", "distributed", "launcher", "models"},
+    {"errors", "settings", "structures", "randomness", "distributed", "launcher", "models", "runs"},
     {"data", "methods", "orthogonality"},
     {"evaluation"},
     {"training", "hub", "report"},

@@ -16,6 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from hf_ssl_or.callbacks.base import SSLCallback
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.runs.reader import read_metrics
 
 
 class MetricsLogCallback(SSLCallback):
@@ -63,7 +64,7 @@ class MetricLog:
     def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
         self.path, self.accelerator = path, accelerator
         if accelerator.is_main_process and path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] < start_step]
+            kept = [line for line in read_metrics(path).lines if line["step"] < start_step]
             temporary = path.with_suffix(".tmp")
             with _named(path):
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -76,19 +77,6 @@ class MetricLog:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; damaged lines are left out, such as a last one cut off by a kill or a full disk."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int:
-            lines.append(line)
-    return lines
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def block_names(net: nn.Module, run: Callable[[], object]) -> list[str]:
     smallest = {name for name in entries if not any(other.startswith(f"{name}.") for other in entries)}
     calls: Counter[str] = Counter()
     handles = [
-        entries[name].register_forward_pre_hook(lambda *_, name=name: calls.update([name])) for name in sorted(smallest)
+        entries[name].register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+        for name in sorted(smallest)
     ]
     try:
         run()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,8 @@ from hf_ssl_or.hub.run_folder import SHARD_SIZE
 from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.report.preview import plot_preview
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.results import Results
 from hf_ssl_or.structures import ViewSpec
 
 _ALL, _UNLABELED = 100_000, 4096  # without labels, collapse is measured on all images, or on so many of a large set
@@ -76,10 +76,10 @@ def measure_baselines(trainer: Any) -> dict[str, Any]:
     return {"untrained": untrained, "pixels": pixels}
 
 
-def write_results(trainer: Any, measured: dict[str, Any]) -> dict[str, Any]:
-    """Writes `results.json` and what a report shows of the encoder; the main process writes."""
-    images, run_dir = trainer.images, trainer.run_dir
-    results = {
+def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
+    """Writes `results.json` and what a report shows of the encoder; returns None on all processes but the main one."""
+    images, run_dir, results = trainer.images, trainer.run_dir, None
+    found = {
         "recipe": trainer.recipe,
         "run": {
             "steps": trainer.state.global_step,
@@ -98,10 +98,8 @@ def write_results(trainer: Any, measured: dict[str, Any]) -> dict[str, Any]:
         "environment": environment(trainer.device, trainer.accelerator.num_processes),
     }
     if trainer.accelerator.is_main_process:
-        results["weights_sha256"] = weights_sha256(run_dir / "encoder")
-        temporary = run_dir / "results.json.tmp"
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(temporary, run_dir / "results.json")
+        results = Results.from_dict(found | {"weights_sha256": weights_sha256(run_dir / layout.ENCODER)})
+        results.write(run_dir / layout.RESULTS)
     shown = trainer.labeled[1] if trainer.labeled else images
     write_samples(trainer.encoder, shown, run_dir, device=trainer.device)
     return results

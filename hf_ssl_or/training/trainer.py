@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_ssl_or.callbacks.base import CallbackList, ScheduleCallback, SSLCallback
 from hf_ssl_or.callbacks.checkpoints import CheckpointCallback
-from hf_ssl_or.callbacks.metrics_log import Meter, MetricsLogCallback, read_metrics
+from hf_ssl_or.callbacks.metrics_log import Meter, MetricsLogCallback
 from hf_ssl_or.callbacks.monitor import Monitor, MonitorCallback
 from hf_ssl_or.callbacks.progress import Clock, ProgressCallback
 from hf_ssl_or.callbacks.push import PushCallback
@@ -41,6 +41,8 @@ from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.randomness import hashed_seed
+from hf_ssl_or.runs.reader import read_metrics
+from hf_ssl_or.runs.results import Results
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 from hf_ssl_or.training import finish, fsdp
 from hf_ssl_or.training.arguments import SSLTrainingArguments
@@ -158,7 +160,7 @@ class SSLTrainer:
         self.weights_before = weight_report(self.encoder)
         self.baselines: dict[str, Any] = {}
         self.train_seconds, self._stopped = 0.0, False
-        self.results: dict[str, Any] = {}
+        self.results: Results | None = None
         own = (
             ScheduleCallback,
             self._monitor(),
@@ -655,7 +657,7 @@ def _step_of(path: Path) -> int:
 def _history(path: Path, start: int) -> list[dict[str, float]]:
     """Reads the log lines before a step back into the form of the history."""
     lines = []
-    for line in read_metrics(path) if path.exists() else []:
+    for line in read_metrics(path).lines:
         if line["step"] < start:
             prefix = "eval_" if line["kind"] == "monitor" else ""
             values = {f"{prefix}{key}": value for key, value in line.items() if key not in ("kind", "step", "epoch")}

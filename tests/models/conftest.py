@@ -14,7 +14,10 @@ CONFIGS = {
         architecture="vit_tiny", image_size=32, patch_size=8, model_args={"depth": 2}, **more
     ),
     "timm": lambda **more: SSLTimmConfig(
-        architecture="convnext_atto", image_size=32, model_args={"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, **more
+        architecture="convnext_atto",
+        image_size=32,
+        model_args={"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
+        **more,
     ),
 }
 

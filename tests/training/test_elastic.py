@@ -20,10 +20,10 @@ from processes import run_all
 from safetensors.torch import load_file
 from world_worker import DTYPES, RESNET, without_kinks
 
-from hf_ssl_or.callbacks.metrics_log import read_metrics
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 from hf_ssl_or.training.signals import TrainingInterrupted
 from hf_ssl_or.training.trainer import SSLTrainer
@@ -136,7 +136,7 @@ def test_a_run_that_moves_between_1_2_and_4_processes_ends_as_the_uninterrupted_
 ):
     stops = sorted(int(path.name.removeprefix("step-")) for path in (moved / dtype / "checkpoints").glob("step-*"))
     assert stops == [6, 16, 24, STEPS]
-    assert [line["step"] for line in read_metrics(moved / dtype / "metrics.jsonl")] == list(range(STEPS))
+    assert [line["step"] for line in read_metrics(moved / dtype / "metrics.jsonl").lines] == list(range(STEPS))
     assert_same_end(moved / dtype, whole / dtype, TOLERANCE[dtype])
 
 

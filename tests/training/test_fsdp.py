@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from world_worker import RESNET, STEPS, VIT, recipe_of, without_kinks
 
-from hf_ssl_or.callbacks.metrics_log import read_metrics
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.fsdp import gather_groups
 from hf_ssl_or.training.optim import clip_gradients
@@ -163,7 +163,7 @@ def test_looks_and_the_encoder_at_the_end_see_whole_weights(root: Path):
     assert want.keys() == got.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
-    lines = [read_metrics(root / run / "metrics.jsonl") for run in ("1/whole", "2/whole")]
+    lines = [read_metrics(root / run / "metrics.jsonl").lines for run in ("1/whole", "2/whole")]
     looks = [[line for line in some if line["kind"] == "monitor"][-1] for some in lines]
     for name in ("rankme", "effective_rank", "orthogonality_error"):
         assert looks[1][name] == pytest.approx(looks[0][name], rel=1e-6)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_ssl_or.callbacks.metrics_log import flatten, read_metrics
+from hf_ssl_or.callbacks.metrics_log import flatten
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError, NonFiniteLossError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.training.checkpoint import CheckpointStore
 from hf_ssl_or.training.description import first_difference
 from hf_ssl_or.training.trainer import SSLTrainer
@@ -52,7 +53,7 @@ def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
     before = {name: value.clone() for name, value in trainer.encoder.named_parameters()}
     trainer.train()
     assert any(not before[name].equal(value) for name, value in trainer.encoder.named_parameters())
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl").lines
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(6))
     for name in ("loss", "invariance", "redundancy", "penalty", "lr", "images_per_second", "data_wait_percent"):
@@ -67,7 +68,7 @@ def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
 
 def test_label_free_runs_need_no_labels(tmp_path: Path):
     make(tmp_path, labeled=False).train()
-    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "monitor"]
     assert "rankme" in looks[0] and "knn" not in looks[0]
     with pytest.raises(InputError, match="keep_best: knn needs labeled"):
         make(tmp_path / "other", tree(keep_best="knn"), labeled=False)
@@ -75,7 +76,7 @@ def test_label_free_runs_need_no_labels(tmp_path: Path):
 
 def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
     make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labeled=False).train()
-    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "monitor"]
     best = max(looks, key=lambda line: line["rankme"])
     store = CheckpointStore(tmp_path)
     assert store.best()["step"] == best["step"] + 1
