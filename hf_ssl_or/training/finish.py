@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.neighbors import write_samples
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
 from hf_ssl_or.hub.weight_files import weights_sha256
-from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from hf_ssl_or.models.image_processing_ssl import build_image_processor, stock_processor
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.report.preview import plot_preview
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.results import Results
@@ -44,8 +46,14 @@ def write_encoder(encoder: Any, folder: Path, *, recipe: dict[str, Any], images:
         "hf_ssl_or": importlib.metadata.version("hf-ssl-or"),
     }
     encoder.config.preprocessing = images.preprocessing.to_dict()
+    stock = not isinstance(encoder, SSLModel) and stock_processor(images.preprocessing)
+    if stock:
+        encoder.config.pretrained_cfg = stock["pretrained_cfg"]
     encoder.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    build_image_processor(images.preprocessing).save_pretrained(folder)
+    if stock:
+        (folder / "preprocessor_config.json").write_text(json.dumps(stock, indent=2) + "\n")
+    else:
+        build_image_processor(images.preprocessing).save_pretrained(folder)
 
 
 def evaluate(trainer: Any, labeled: Labeled) -> dict[str, Any]:
