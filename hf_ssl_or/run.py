@@ -24,15 +24,17 @@ from hf_ssl_or.data.pixel_kind import default_bound
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
 from hf_ssl_or.evaluation.encoder_loading import load_encoder
-from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features, get_protocol
+from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.labeled import find_dataset, load_labeled
 from hf_ssl_or.evaluation.neighbors import write_samples
+from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
 from hf_ssl_or.hub.background import push_finished, pushing_checkpoints
 from hf_ssl_or.hub.push import check_destination
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
 from hf_ssl_or.hub.weight_files import weights_sha256
+from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
@@ -340,7 +342,9 @@ def _chosen(protocols: list[str] | None) -> list[str]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu_is_forced() else "cpu")
+    refuse_launcher_settings(device=device.type)
+    return device
 
 
 def _pushing(recipe: Recipe, trainer: SSLTrainer, images: ImageSet, run_dir: Path) -> AbstractContextManager[None]:

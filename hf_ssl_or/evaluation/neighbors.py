@@ -15,7 +15,7 @@ from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.features import extract_features
 
 FEATURES_FILE = "features.npz"
-NEIGHBorS_FILE = "neighbors.npz"
+NEIGHBORS_FILE = "neighbors.npz"
 _THUMBNAIL = 64  # pixels of a side, at most
 
 
@@ -44,11 +44,11 @@ def pack_features(features_NF: Tensor) -> np.ndarray:
     Returns:
         (N, F) float16; zeros for features that do not vary.
     """
-    centred_NF = features_NF.double() - features_NF.double().mean(0)
-    deviation = centred_NF.square().mean().sqrt()
+    centered_NF = features_NF.double() - features_NF.double().mean(0)
+    deviation = centered_NF.square().mean().sqrt()
     if float(deviation) <= torch.finfo(torch.float32).eps * float(features_NF.abs().max()):
         return np.zeros(features_NF.shape, np.float16)
-    return (centred_NF / deviation).to(torch.float16).numpy()
+    return (centered_NF / deviation).to(torch.float16).numpy()
 
 
 def write_samples(
@@ -94,7 +94,7 @@ def write_samples(
     if sample.class_names is not None:
         packed["class_names"] = np.array(sample.class_names, dtype=np.str_)
     np.savez_compressed(folder / FEATURES_FILE, **packed)
-    np.savez_compressed(folder / NEIGHBorS_FILE, **_neighbor_rows(sample, features_NF, queries, k))
+    np.savez_compressed(folder / NEIGHBORS_FILE, **_neighbor_rows(sample, features_NF, queries, k))
 
 
 def as_rgb(x_BCHW: Tensor) -> Tensor:
