@@ -13,9 +13,10 @@ import torch
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
-from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features, get_protocol
+from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.neighbors import write_samples
+from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
 from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.image_processing_ssl import build_image_processor, stock_processor
@@ -60,7 +61,7 @@ def evaluate(trainer: Any, labeled: Labeled) -> dict[str, Any]:
     """Returns `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
     encoder, device, settings = trainer.encoder, trainer.device, trainer.evaluation
     if labeled is not None:
-        return evaluate_encoder(encoder, *labeled, settings, device=device)
+        return evaluate_encoder(encoder, *labeled, settings, evaluators=trainer.evaluators, device=device)
     images = trainer.images
     many = trainer.recipe["data"]["streaming"] or len(images) > _ALL
     sample = images.sample(_UNLABELED, "collapse") if many else images
