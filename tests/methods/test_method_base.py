@@ -214,8 +214,10 @@ def test_gradient_checkpointing_is_asked_for_only_where_it_is_needed(tiny_encode
 
         method.encoder.gradient_checkpointing_enable = refuse
     method.prepare_chunks(1)
-    with pytest.raises(InputError, match="training.gradient_checkpointing: this encoder has none"):
+    with pytest.raises(InputError, match="training.forward_chunks: .* batch statistics need here; leave it at 1"):
         method.prepare_chunks(2)
+    with pytest.raises(InputError, match="training.gradient_checkpointing: this encoder has no .*; leave it at false"):
+        method.prepare_chunks(1, recompute_blocks=True)
 
 
 def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
