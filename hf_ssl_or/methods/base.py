@@ -121,10 +121,10 @@ class SSLMethod(nn.Module):
         """Builds heads and state; `encoder`, `config` and `feature_size` are there already."""
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
-        """Checks the sizes of the batches to come and builds what depends on them; the trainer calls it before training.
+        """Checks the sizes of the batches to come and builds what depends on them.
 
-        Otherwise the first batch is what it is called for. `load_state_dict` needs it before: a queue per view is empty
-        until then. Calling it again with the same sizes changes nothing.
+        The trainer calls it before training; without it, the first batch says the sizes. Call it before
+        `load_state_dict`, as a queue per view is empty until then. Another call with the same sizes changes nothing.
 
         Args:
             num_views: V, the number of views of each image.
