@@ -40,11 +40,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from hf_ssl_or.callbacks.metrics_log import read_metrics
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.structures import ViewSpec
-from hf_ssl_or.training.log import read_metrics
 
 VIEWS = [ViewSpec(), ViewSpec()]
 COLUMNS = {

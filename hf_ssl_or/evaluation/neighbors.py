@@ -15,7 +15,7 @@ from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.features import extract_features
 
 FEATURES_FILE = "features.npz"
-NEIGHBorS_FILE = "neighbors.npz"
+NEIGHBORS_FILE = "neighbors.npz"
 _THUMBNAIL = 64  # pixels of a side, at most
 
 
@@ -94,7 +94,7 @@ def write_samples(
     if sample.class_names is not None:
         packed["class_names"] = np.array(sample.class_names, dtype=np.str_)
     np.savez_compressed(folder / FEATURES_FILE, **packed)
-    np.savez_compressed(folder / NEIGHBorS_FILE, **_neighbor_rows(sample, features_NF, queries, k))
+    np.savez_compressed(folder / NEIGHBORS_FILE, **_neighbor_rows(sample, features_NF, queries, k))
 
 
 def as_rgb(x_BCHW: Tensor) -> Tensor:

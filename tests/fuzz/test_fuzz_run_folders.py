@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import damaged, fuzz, mutated, result_or_one_line
 
+from hf_ssl_or.callbacks.metrics_log import read_metrics
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table
 from hf_ssl_or.report.html import plot_figures, render_page
 from hf_ssl_or.report.run_reader import read_runs
 from hf_ssl_or.training import checkpoint
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.log import read_metrics
 
 
 @pytest.fixture
