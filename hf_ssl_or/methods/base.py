@@ -84,12 +84,14 @@ class SSLMethod(nn.Module):
         module = type(self).__module__.rpartition(".")[2]
         self.name = type(self).__name__ if module == "__main__" else module
         self.config, self.whitening = self._configured(config, settings), whitening
+        if not isinstance(encoder, nn.Module):
+            raise InputError(f"encoder: a module is wanted, which create_encoder makes of a name, not {encoder!r:.80}")
         if self.needs_patches and not isinstance(encoder, SSLViTModel):
             raise InputError(f"encoder.name: {self.name} needs a vision transformer of create_encoder, say vit_tiny")
         try:
             self.encoder = adapt_encoder(encoder)
         except ValueError as error:
-            raise InputError(f"encoder: {error}") from error
+            raise InputError(f"encoder: {str(error).removeprefix('encoder: ')}") from error
         self.num_views, self.num_local_views = 0, 0  # not known yet
         self.feature_size: int = self.encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.chunks, self.images_together, self.channels_last = 1, 1, False

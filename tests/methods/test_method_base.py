@@ -94,11 +94,15 @@ def test_the_signature_shows_the_settings_with_their_defaults():
 
 def test_an_encoder_that_cannot_be_adapted_is_one_clear_line(tiny_encoder, monkeypatch):
     def refuse(encoder):
-        raise ValueError("gives no features")
+        raise ValueError("encoder: gives no features")
 
     monkeypatch.setattr("hf_ssl_or.methods.base.adapt_encoder", refuse)
     with pytest.raises(InputError, match="^encoder: gives no features$"):
         Plain(tiny_encoder())
+    with pytest.raises(
+        InputError, match="^encoder: a module is wanted, which create_encoder makes of a name, not 'res"
+    ):
+        Plain("resnet18")
 
 
 def batch_of(views, images=4):
