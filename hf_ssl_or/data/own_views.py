@@ -2,8 +2,8 @@
 
 A transform of torchvision that is called on a batch samples one set of parameters for all of its images, so a function
 is called once for each image and view. What it takes from the global random states of torch (on the CPU), Python and
-numpy depends on (seed, epoch, view, image) alone: views do not depend on the number of processes, nor on when a run was
-resumed. The states are restored afterwards.
+numpy depends on (seed, epoch, view, image) alone: views depend neither on the number of processes nor on when a run
+was resumed. The states are restored afterwards.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 from tests.data.image_writing import save
+from tests.data.stream_shards import rows_of, write_tables
 from tests.data.test_loader import image_set
 
 SIZE = 12
@@ -113,13 +114,13 @@ def test_images_of_16_bits_come_as_floats_at_their_own_aspect():
     rng = np.random.default_rng(0)
     seen = []
 
-    def look_at(image: torch.Tensor) -> torch.Tensor:
+    def note(image: torch.Tensor) -> torch.Tensor:
         seen.append((image.dtype, image.shape, float(image.min()) >= 0 and float(image.max()) <= 1))
         return crop(image)
 
     arrays = [rng.integers(0, 4096, (14, 14 + i, 1), np.uint16) for i in range(8)]
     images = load_dataset_object(arrays, DataArguments(dataset="-", image_size=SIZE), num_channels=1)
-    batches(images, [look_at], stop=1)
+    batches(images, [note], stop=1)
     assert {shape[-1] for _, shape, _ in seen} == set(range(14, 22))
     assert all(dtype == torch.float32 and shape[:3] == (1, 1, 14) and unit for dtype, shape, unit in seen)
 
@@ -137,6 +138,29 @@ def test_images_that_are_decoded_in_each_step(tmp_path):
     place = int((wanted.index_B == 4).nonzero())
     assert replaced.index_B[place] == 5 and len(images.failures) == 1
     assert torch.equal(replaced.views_VBCHW[0, place], wanted.views_VBCHW[0, int((wanted.index_B == 5).nonzero())])
+
+
+def test_images_that_are_streamed(tmp_path):
+    write_tables(tmp_path / "set", [20, 12], 4)
+    data = DataArguments(
+        dataset=f"{tmp_path}/set/train-*.parquet",
+        image_size=8,
+        streaming=True,
+        stream_lanes=2,
+        cache_dir=str(tmp_path),
+    )
+    images = load_dataset_object(data.dataset, data)
+    views = [lambda x: x, v2.RandomCrop(8, padding=2), ViewSpec(crop_scale=(1, 1), jitter=0, flip=0, grayscale=0)]
+    full = batches(images, views)
+    parts = [batches(images, views, rank=rank, world_size=2) for rank in (0, 1)]
+    for batch, *shards in zip(full, *parts, strict=True):
+        assert torch.equal(torch.cat([shard.views_VBCHW for shard in shards], dim=1), batch.views_VBCHW)
+        torch.testing.assert_close(batch.views_VBCHW[0], batch.views_VBCHW[2])
+        std_C11, mean_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (images.std, images.mean))
+        bytes_BCHW = ((batch.views_VBCHW[0] * std_C11 + mean_C11) * 255).round()
+        assert rows_of(bytes_BCHW.permute(0, 2, 3, 1)) == batch.index_B.tolist()
+    with pytest.raises(InputError, match="views: Fails fails on image .*: no"):
+        batches(images, [Fails(ValueError("no"))])
 
 
 def test_random_states_are_left_as_they_were():
@@ -172,11 +196,13 @@ class Fails:
 
     def __call__(self, image: torch.Tensor) -> object:
         self.calls += 1
-        if self.calls == 1:
-            return crop(image)
-        if isinstance(self.result, Exception):
-            raise self.result
-        return self.result
+        return crop(image) if self.calls == 1 else give(self.result)
+
+
+def give(result: object) -> object:
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 ZERO = torch.zeros(1, 3, SIZE, SIZE)
@@ -199,9 +225,7 @@ def test_wrong_views_are_one_line(kind, side):
     result, message = BAD[kind]
     images = image_set(8, side=side)
     with pytest.raises(InputError, match=f"views: <lambda> {message}"):
-        ViewLoader(
-            images, [lambda _: (_ for _ in ()).throw(result) if kind == "raises" else result], batch_size=8, seed=0
-        )
+        ViewLoader(images, [lambda _: give(result)], batch_size=8, seed=0)
     later = Fails(result)
     with pytest.raises(InputError, match=f"views: Fails {message}") as caught:
         batches(images, [later], stop=1)
