@@ -262,6 +262,19 @@ def test_weight_report() -> None:
     assert report["0.weight"]["stable_rank"] == pytest.approx(stable_rank(w), rel=1e-10)
 
 
+def test_each_expert_is_a_matrix() -> None:
+    class Experts(nn.Module):
+        num_experts = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(normal(3, 8, 4))
+
+    encoder = nn.Sequential(Experts(), nn.Linear(4, 4))
+    expected = np.mean([stable_rank(w) for w in encoder[0].up.detach()])
+    assert weight_report(encoder)["0.up"]["stable_rank"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_grouped_convolutions_are_a_matrix_per_group() -> None:
     encoder = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 16, 1))
     expected = OrthogonalityRegularizer(encoder, OrthogonalityConfig(penalty="so", weight=1)).errors()
