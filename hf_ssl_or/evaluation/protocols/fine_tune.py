@@ -24,6 +24,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -293,6 +294,7 @@ class _Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
+        self.config = PreTrainedConfig()  # Trainer asks for it
         self.encoder, self.classifier = copy.deepcopy(encoder), nn.Linear(width, classes)
         for parameter in self.encoder.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
