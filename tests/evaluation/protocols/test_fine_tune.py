@@ -280,7 +280,7 @@ def test_bad_input_is_refused(tmp_path) -> None:
         fine_tune(slim_encoder(), image_set(8, labels=False), image_set(8))
     with pytest.raises(InputError, match="nothing: cannot be loaded as an encoder"):
         fine_tune(tmp_path / "nothing", image_set(8), image_set(8))
-    with pytest.raises(InputError, match="a SSLResNetForImageClassification gives no pooler_output"):
+    with pytest.raises(InputError, match="a SSLResNetForImageClassification returns no pooler_output"):
         fine_tune(AutoModelForImageClassification.from_config(SSLResNetConfig()), image_set(8), image_set(8))
     with pytest.raises(InputError, match="save_to: a Encoder has no classifier that could be saved"):
         fine_tune(Encoder(), image_set(8), image_set(8), save_to=tmp_path)
