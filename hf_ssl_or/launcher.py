@@ -31,10 +31,10 @@ def refuse_launcher_settings(
         "ACCELERATE_DOWNCAST_BF16": ("training.mixed_precision", set()),
         "ACCELERATE_DYNAMO_BACKEND": ("training.compile", set()),
         "ACCELERATE_TORCH_DEVICE": ("training.device", {device}),
-        "ACCELERATE_USE_FSDP": ("training.sharding", set()),
-        "ACCELERATE_USE_DEEPSPEED": ("training.sharding", set()),
-        "ACCELERATE_USE_MEGATRON_LM": ("training.sharding", set()),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.sharding", set()),
+        "ACCELERATE_USE_FSDP": ("training.fsdp", set()),
+        "ACCELERATE_USE_DEEPSPEED": ("training.fsdp", set()),
+        "ACCELERATE_USE_MEGATRON_LM": ("training.fsdp", set()),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.fsdp", set()),
     }
     if accumulation_steps is not None:
         steps = {"1", str(accumulation_steps)}
