@@ -330,18 +330,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_evaluate(arguments, encoders)
     warnings.showwarning = lambda message, *_, **__: print(f"hf-ssl-or: warning: {message}", file=sys.stderr)
     if arguments.select:
-        from hf_ssl_or.run import select
+        from hf_ssl_or.evaluate import select
 
         print_choice(select(Path(encoders[0]), arguments.select, output=arguments.output), arguments.output)
     elif arguments.datasets:
-        from hf_ssl_or.run import transfer
+        from hf_ssl_or.evaluate import transfer
 
         tell = functools.partial(print, file=sys.stderr, flush=True)
         datasets = arguments.datasets.split(",")
         results = transfer(encoders, datasets, overrides, protocols=protocols, output=arguments.output, report=tell)
         print_transfer(results, markdown=arguments.markdown)
     else:
-        from hf_ssl_or.run import evaluate
+        from hf_ssl_or.evaluate import evaluate
 
         print_evaluation(
             evaluate(encoders[0], overrides, dataset=arguments.dataset, protocols=protocols, output=arguments.output)
@@ -387,8 +387,8 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.preview import plot_preview
     from hf_ssl_or.recipe import load_recipe
+    from hf_ssl_or.report.preview import plot_preview
     from hf_ssl_or.run import load_training_images, view_specs
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -32,10 +32,10 @@ def refuse_launcher_settings(*, device: str, mixed_precision: str = "no", accumu
         "ACCELERATE_DOWNCAST_BF16": ("training.mixed_precision", set()),
         "ACCELERATE_DYNAMO_BACKEND": ("training.compile", set()),
         "ACCELERATE_TORCH_DEVICE": ("training.device", {device}),
-        "ACCELERATE_USE_FSDP": ("training.sharding", set()),
-        "ACCELERATE_USE_DEEPSPEED": ("training.sharding", set()),
-        "ACCELERATE_USE_MEGATRON_LM": ("training.sharding", set()),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.sharding", set()),
+        "ACCELERATE_USE_FSDP": ("training.fsdp", set()),
+        "ACCELERATE_USE_DEEPSPEED": ("training.fsdp", set()),
+        "ACCELERATE_USE_MEGATRON_LM": ("training.fsdp", set()),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.fsdp", set()),
     }
     for name, (key, values) in recipe.items():
         value = os.environ.get(name, "").strip()

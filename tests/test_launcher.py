@@ -23,10 +23,10 @@ CONFIGURATIONS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate"
         ("ACCELERATE_DOWNCAST_BF16", "1", "training.mixed_precision"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "training.compile"),
         ("ACCELERATE_TORCH_DEVICE", "meta", "training.device"),
-        ("ACCELERATE_USE_FSDP", "true", "training.sharding"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "training.sharding"),
-        ("ACCELERATE_USE_MEGATRON_LM", "true", "training.sharding"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "training.sharding"),
+        ("ACCELERATE_USE_FSDP", "true", "training.fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "training.fsdp"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "training.fsdp"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "training.fsdp"),
     ],
 )
 def test_what_the_recipe_does_not_ask_for_is_refused(variable, value, key, monkeypatch, tmp_path):

@@ -292,6 +292,21 @@ class ImageSet:
         return ShuffledOrder(len(self), batch_size, seed)
 
 
+def same_labels(train: ImageSet, test: ImageSet) -> ImageSet:
+    """Numbers the classes of the test images as those of the training images, by their names.
+
+    Words are numbered split by split, so a class that one split lacks would shift the others. Classes that only the
+    test images have come after all others.
+    """
+    ours, theirs = train.class_names, test.class_names
+    if test.labels is None or ours is None or theirs is None or ours == theirs:
+        return test
+    names = [*ours, *(name for name in theirs if name not in set(ours))]
+    place = {name: i for i, name in enumerate(names)}
+    number_K = torch.tensor([place[name] for name in theirs], dtype=torch.int64)
+    return dataclasses.replace(test, labels=number_K[test.labels], class_names=names)
+
+
 def _load(job: DecodeJob, storage: Storage) -> tuple[PixelStore, Any]:
     """Decodes all images of a job that an earlier pass has found to be readable."""
     store, tally = decode_to_memory(job) if storage.mode == "memory" else decode_to_disk(job, _folder(storage))

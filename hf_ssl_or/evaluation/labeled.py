@@ -8,19 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.image_dataset import ImageSet, same_labels
 from hf_ssl_or.data.labels import choose_rows
 from hf_ssl_or.data.loading import load_images, public_name
 from hf_ssl_or.data.sources import list_splits, load_source
+from hf_ssl_or.data.splits import TEST_SPLITS
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 
 _HOLDOUT_SEED = 0
 _LEAST_BANK = 20  # images that kNN asks for at least
-_TEST_SPLITS = ("test", "validation", "valid", "val")
 _logger = logging.getLogger(__name__)
 
 
@@ -99,21 +98,6 @@ def _unlabeled(data: DataArguments, split: str) -> InputError:
     )
 
 
-def same_labels(train: ImageSet, test: ImageSet) -> ImageSet:
-    """Numbers the classes of the test images as those of the training images, by their names.
-
-    Words are numbered split by split, so a class that one split lacks would shift the others. Classes that only the
-    test images have come after all others.
-    """
-    ours, theirs = train.class_names, test.class_names
-    if test.labels is None or ours is None or theirs is None or ours == theirs:
-        return test
-    names = [*ours, *(name for name in theirs if name not in set(ours))]
-    place = {name: i for i, name in enumerate(names)}
-    number_K = torch.tensor([place[name] for name in theirs], dtype=torch.int64)
-    return replace(test, labels=number_K[test.labels], class_names=names)
-
-
 def find_dataset(name: str) -> str:
     """Finds a data set by its name in the folder `$HF_SSL_OR_DATA`; any other name stays as it is."""
     folder = os.environ.get("HF_SSL_OR_DATA")
@@ -125,5 +109,5 @@ def find_dataset(name: str) -> str:
 def find_test_split(data: DataArguments) -> DataArguments:
     """Takes the validation split for the test split where a data set has only that."""
     splits = list_splits(data)
-    known = [name for name in _TEST_SPLITS if name in splits]
+    known = [name for name in TEST_SPLITS if name in splits]
     return data if data.test_split in splits or not known else replace(data, test_split=known[0])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ssl_or.callbacks.monitor import KNN_NEIGHBORS
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.collapse import collapse_report, lidar
@@ -22,7 +23,6 @@ from hf_ssl_or.runs.labels import metric_label
 from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.monitor import KNN_NEIGHBORS
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10  # the paper (Thilak et al., ICLR 2024) takes 50 views
 

@@ -32,7 +32,7 @@ from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.recipe import recipe_from_dict
-from hf_ssl_or.run import environment
+from hf_ssl_or.training.finish import environment
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
 MakeRun = Callable[..., Path]

@@ -28,7 +28,9 @@ def test_everything_of_a_finished_run_is_read(make_run) -> None:
     knn, linear = run.evaluations
     assert knn.headline_metric == Metric(mean=61.0, std=None, values=[61.0])
     assert run.results.baseline("untrained", knn, "top1_k20").mean == 23.0
-    assert linear.headline_metric.describe() == "72.25 ± 0.50" and [name for name, _ in linear.test_metrics()] == ["top1"]
+    assert linear.headline_metric.describe() == "72.25 ± 0.50" and [name for name, _ in linear.test_metrics()] == [
+        "top1"
+    ]
     assert run.results.baseline("untrained", linear, "top1") is None and linear.data.test.size == 500
     before = run.results.weights_before["timm_model.layer1.0.conv1.weight"]
     assert before.orthogonality_error == 4.0 and len(run.results.weights) == 8
@@ -49,7 +51,9 @@ def test_damaged_lines_are_counted_and_later_lines_win(make_run) -> None:
         file.write('\n[1]\n{"kind": "train"}\n{"kind": "train", "step": "x"}\n')
         file.write('{"kind": "train", "step": 3, "loss": 7.5, "word": "no", "large": 1e999}\n{"kind": "tra')
     (run,) = read_runs([folder])
-    assert run.notes == ["metrics.jsonl was left out, or a part of it: damaged lines: 45, 46, 47, 48."]  # 50 is cut off
+    assert run.notes == [
+        "metrics.jsonl was left out, or a part of it: damaged lines: 45, 46, 47, 48."
+    ]  # 50 is cut off
     assert len(run.train) == 40 and run.train[3] == {"step": 4, "loss": 7.5, "large": float("inf")}
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,14 @@ def train(folder: Path, dtype: str, stop_after: int) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     images, views = load_images(recipe.data, "train"), view_specs(recipe)[0]
-    trainer = Stopped(
-        method, recipe.training, images, folder, views=views, orthogonality=recipe.orthogonality, recipe=TREE
-    )
+    args = replace(recipe.training, output_dir=str(folder))
+    trainer = Stopped(method, args, images, views=views, orthogonality=recipe.orthogonality, recipe=recipe.to_dict())
     trainer.stop_after = stop_after
     if stop_after:
         with pytest.raises(TrainingInterrupted, match="SIGTERM|a signal to another process"):
-            trainer.train(resume=True)
+            trainer.train(resume_from_checkpoint=True)
     else:
-        trainer.train(resume=True)
+        trainer.train(resume_from_checkpoint=True)
 
 
 def train_both(root: Path, stop_after: int) -> None:

@@ -12,9 +12,41 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
+from hf_ssl_or.callbacks.base import SSLCallback
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.runs.reader import read_metrics
+
+
+class MetricsLogCallback(SSLCallback):
+    """Writes every log line, and every evaluation, to `metrics.jsonl` and to the trackers."""
+
+    @contextmanager
+    def running(self, trainer: Any) -> Iterator[None]:
+        """Opens the log of this session; the trackers get the recipe."""
+        self.log = MetricLog(trainer.run_dir / "metrics.jsonl", trainer.accelerator, trainer.state.global_step)
+        trainer.accelerator.init_trackers("hf_ssl_or", config=flatten(trainer.recipe))
+        yield
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes one line; an evaluation is told by transformers' prefix of its names."""
+        measured = {
+            name.removeprefix("eval_"): value for name, value in kwargs["logs"].items() if name.startswith("eval_")
+        }
+        self.log.write("monitor" if measured else "train", state.global_step - 1, measured or kwargs["logs"])
+
+
+def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | float | bool]:
+    """Flattens nested settings to dotted names, as trackers want them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in nested.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            flat |= flatten(value, name)
+        else:
+            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
 
 
 class MetricLog:
