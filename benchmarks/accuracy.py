@@ -148,7 +148,7 @@ def measures(folder: Path, thresholds: list[float]) -> dict[str, float | None]:
 def summary(arm: str, folders: list[Path], args: argparse.Namespace) -> Row:
     """Returns mean and standard deviation over the seeds; None where a seed has no value."""
     found = [measures(folder, args.thresholds) for folder in folders]
-    row: Row = {"name": arm, "epochs": read_facts(folders[0]).recipe["training"]["epochs"], "seeds": len(found)}
+    row: Row = {"name": arm, "epochs": read_run(folders[0]).recipe["training"]["epochs"], "seeds": len(found)}
     for key in found[0]:
         values: list[Any] = [one[key] for one in found]
         known = None not in values

@@ -151,7 +151,7 @@ def _check(repo_id: str | None, license: str | None) -> None:
     except HFValidationError as error:
         raise InputError(f"repository: {repo_id!r} is no Hub id such as owner/name: {error}") from error
     if license is not None and not _LICENSE.fullmatch(license):
-        raise InputError(f"license: {license!r} is no license identifier of the Hub; give one such as apache-2.0, or other")
+        raise InputError(f"license: {license!r} is no identifier of the Hub; give one such as apache-2.0, or other")
 
 
 @contextmanager

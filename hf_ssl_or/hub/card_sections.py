@@ -1,4 +1,4 @@
-"""The parts of a card that hold numbers: each is made from the record of a run, and nothing that is not there is said."""
+"""The parts of a card that hold numbers, made from the record of a run; nothing that is not there is said."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def summary(run: RunRecord) -> str:
     penalty = penalty_of(run)
     return (
         f"An image encoder, {code(recipe['encoder']['name'])}{width}, pretrained without labels on {count} of "
-        f"{code(recipe['data']['dataset'])} ({size:d} {TIMES} {size:d} pixels) by {code(recipe['method']['name'])} with "
+        f"{code(recipe['data']['dataset'])} ({size:d} {TIMES} {size:d} pixels) by {code(recipe['method']['name'])} on "
         f"{views:d} views of each image{f' and {penalty}' if penalty else ''}. "
         f"{f'Training started from the weights of {code(start)}. ' if start else ''}"
         "This card was written by `hf-ssl-or card` from the files of the run."
@@ -113,8 +113,8 @@ def _objects(names: list[str]) -> str:
     if not names:
         return ""
     return (
-        f"\n\nThese came from Python objects: {', '.join(map(code, names))}. The recipe below describes them, and alone "
-        "it does not rebuild the run."
+        f"\n\nThese were Python objects: {', '.join(map(code, names))}. The recipe describes them, but it does not "
+        "rebuild the run alone."
     )
 
 
@@ -250,7 +250,10 @@ def layers(run: RunRecord) -> tuple[str, str]:
         "Orthogonality error of the weights, the Frobenius norm of G - I with G the smaller Gram matrix of a layer: "
         f"the median of {len(after)} layers is {medians}{' after' if len(errors) == 2 else ''}. 0 is orthogonal."
     )
-    rows = [(code(name), _error(before.get(name)), _error(layer), f"{layer.stable_rank:.3g}") for name, layer in after.items()]
+    rows = [
+        (code(name), _error(before.get(name)), _error(layer), f"{layer.stable_rank:.3g}")
+        for name, layer in after.items()
+    ]
     return sentence, table(("Layer", "Error before", "Error after", "Stable rank after"), rows)
 
 

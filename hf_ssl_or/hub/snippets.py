@@ -5,10 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+
 from hf_ssl_or.hub.export.model import why_not_timm
 from hf_ssl_or.hub.export.pixels import OPEN_RGB, is_rgb, photo_name
 from hf_ssl_or.hub.markdown import block
 from hf_ssl_or.hub.published_run import encoder_config
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.runs.reader import RunRecord
 from hf_ssl_or.runs.results import OWN_LIBRARY, EncoderDescription
 
@@ -90,6 +93,15 @@ def usage(run: RunRecord, repo_id: str | None) -> dict[str, Any]:
     return {"snippets": blocks, "why_not_timm": reason or "", "remote_code": "model"}
 
 
+def describe_encoder(encoder: nn.Module) -> EncoderDescription | None:
+    """Returns how an encoder will be loaded once it is saved; None for one of this package."""
+    if isinstance(encoder, SSLModel):
+        return None
+    adapter: Any = encoder
+    lines, origin = adapter.loading_lines("FOLDER"), adapter.description
+    return EncoderDescription(library=origin["library"], name=origin["name"], loading_lines=lines)
+
+
 def described_encoder(run: RunRecord) -> EncoderDescription:
     """Returns how the encoder is loaded, from the results or, for a run that has not ended, from its configuration."""
     if run.results is not None and run.results.encoder is not None:
@@ -106,7 +118,9 @@ def described_encoder(run: RunRecord) -> EncoderDescription:
     if not name or name.startswith("ssl_"):
         return EncoderDescription(library=OWN_LIBRARY, name=name)
     lines = ["from transformers import AutoModel", "", 'model = AutoModel.from_pretrained("FOLDER").eval()']
-    return EncoderDescription(library="transformers", name=name, loading_lines=[*lines, "output = model(pixel_values)"])
+    return EncoderDescription(
+        library="transformers", name=name, loading_lines=[*lines, "output = model(pixel_values)"]
+    )
 
 
 def _foreign_lines(encoder: EncoderDescription, repo_id: str | None) -> list[str]:

@@ -197,9 +197,9 @@ def _accepted(original: Path, found: Differences, fingerprint: tuple[str, ...]) 
     worst, what, library = max((value, what, of) for of, values in found.items() for what, value in values.items())
     if not worst <= TOLERANCE:
         raise InputError(
-            f"{original}: what would be pushed gives other features than the run's encoder ({what} by {library} differ "
-            f"by {worst:.1e}, at most {TOLERANCE:.0e} is allowed); nothing was pushed: its .py or config files were "
-            "changed, or its code is of another version; hf-ssl-or train RUN --resume writes the folder anew"
+            f"{original}: what would be pushed gives other features than the run's encoder (by {library}, {what} "
+            f"differ by {worst:.1e}, at most {TOLERANCE:.0e} is allowed); nothing was pushed: its .py or config files "
+            "were changed, or its code is of another version; hf-ssl-or train RUN --resume writes the folder anew"
         )
     _proven.add(fingerprint)
     return worst
@@ -231,9 +231,7 @@ def _reference(portable: Portable, files: list[Path]) -> _Reference:
         expected[f"{kind}/features"] = portable.encoder(torch.from_numpy(pixels)).pooler_output.numpy()
         if portable.labels is not None:
             expected[f"{kind}/logits"] = portable.model(torch.from_numpy(pixels)).logits.numpy()
-    return _Reference(
-        name=portable.name, files=files, given=given, expected=expected, std=portable.preprocessing.std
-    )
+    return _Reference(name=portable.name, files=files, given=given, expected=expected, std=portable.preprocessing.std)
 
 
 @torch.no_grad()
@@ -278,7 +276,9 @@ def _run_and_compare(reference: _Reference, folder: Path, every: Sequence[Lines]
         values = differences.setdefault(lines.library, {})
         for key, expected in reference.expected.items():
             what = "pixels" if key.startswith("picture") else key.rpartition("/")[2]
-            values[what] = max(values.get(what, 0.0), _difference(expected, found.get(f"{i}/{key}"), what, reference.std))
+            values[what] = max(
+                values.get(what, 0.0), _difference(expected, found.get(f"{i}/{key}"), what, reference.std)
+            )
     return differences
 
 

@@ -54,9 +54,7 @@ _LABELS = {
     "participation_ratio": MetricLabel(
         "Participation ratio", "number of dimensions that share the variance", "higher"
     ),
-    "alpha_req": MetricLabel(
-        "\N{GREEK SMALL LETTER ALPHA}-ReQ", "exponent of the decay of the eigenvalues", "near 1"
-    ),
+    "alpha_req": MetricLabel("\N{GREEK SMALL LETTER ALPHA}-ReQ", "exponent of the decay of the eigenvalues", "near 1"),
     "alpha_req_r2": MetricLabel(
         "\N{GREEK SMALL LETTER ALPHA}-ReQ, R\N{SUPERSCRIPT TWO} of its fit", "how well a power law fits"
     ),

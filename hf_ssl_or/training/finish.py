@@ -16,6 +16,7 @@ from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features, 
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.neighbors import write_samples
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
+from hf_ssl_or.hub.snippets import describe_encoder
 from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
 from hf_ssl_or.report.preview import plot_preview
@@ -79,6 +80,7 @@ def measure_baselines(trainer: Any) -> dict[str, Any]:
 def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
     """Writes `results.json` and what a report shows of the encoder; returns None on all processes but the main one."""
     images, run_dir, results = trainer.images, trainer.run_dir, None
+    described = describe_encoder(trainer.encoder)
     found = {
         "recipe": trainer.recipe,
         "run": {
@@ -91,7 +93,9 @@ def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
             "images": len(images),
             "preprocessing": images.preprocessing.to_dict(),
         },
+        "encoder": None if described is None else described.to_dict(),
         **measured,
+        "skipped": trainer.regularizer.skipped(),
         "weights": weight_report(trainer.encoder),
         "weights_before": trainer.weights_before,
         "baselines": trainer.baselines,

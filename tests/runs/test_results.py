@@ -31,7 +31,14 @@ def test_what_is_read_is_written_again(path: Path) -> None:
 
 
 def test_measures_stand_beside_the_sizes() -> None:
-    tree = {"rankme": 3.5, "dead_dimensions": 0, "alpha_req_range": [3, 9], "dimension": 8, "samples": 60, "notes": ["x"]}
+    tree = {
+        "rankme": 3.5,
+        "dead_dimensions": 0,
+        "alpha_req_range": [3, 9],
+        "dimension": 8,
+        "samples": 60,
+        "notes": ["x"],
+    }
     collapse = Collapse.from_dict(tree)
     assert collapse.measures == {"rankme": 3.5, "dead_dimensions": 0} and collapse.alpha_req_range == [3, 9]
     assert collapse.to_dict() == tree
@@ -56,7 +63,10 @@ def change(*keys: str | int, to: Any) -> Callable[[Any], None]:
         (change("run", "steps", to="many"), "run.steps: is text, not a whole number"),
         (change("run", "steps", to=1.5), "run.steps: is 1.5, not a whole number"),
         (change("evaluations", to=3), "evaluations: is 3, not a list"),
-        (change("evaluations", 1, "metrics", "top1", "mean", to=float("nan")), "evaluations.1.metrics.top1.mean: is NaN"),
+        (
+            change("evaluations", 1, "metrics", "top1", "mean", to=float("nan")),
+            "evaluations.1.metrics.top1.mean: is NaN",
+        ),
         (change("evaluations", 0, "headline", to="top5"), "evaluations.0.headline: top5 is none of the metrics"),
         (change("evaluations", 0, "data", "test", "size", to=None), "evaluations.0.data.test.size: is null"),
         (change("baselines", "untrained", to={}), "baselines.untrained: is an object, not a list"),
