@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_ssl_or.errors import InputError, NonFiniteLossError, unknown
+from hf_ssl_or.habits import HABITS
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
@@ -282,15 +283,23 @@ def _dispatch(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     late = [text for text in rest if "=" in text and not text.startswith("-")]  # overrides that come after an option
     if len(late) < len(rest) or (late and "overrides" not in arguments):
-        parser.error(
-            f"unrecognized arguments: {' '.join(text for text in rest if text not in late) or ' '.join(late)}"
-        )
+        parser.error(_unrecognized([text for text in rest if text not in late] or late))
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     if arguments.verb is None:
         parser.print_help()
         return 0
     return verbs[arguments.verb](arguments)
+
+
+def _unrecognized(texts: list[str]) -> str:
+    """Says what could not be read; of an option that other programs have, say --epochs 5, how it is set here."""
+    for text in texts:
+        habit = HABITS.get(text.removeprefix("--").partition("=")[0].replace("-", "_"))
+        if text.startswith("--") and habit is not None:
+            setting, _, note = habit.partition(" ")
+            return f"unrecognized argument {text}: write {setting.rstrip(':')}=... {note}".rstrip()
+    return f"unrecognized arguments: {' '.join(texts)}"
 
 
 # The heavy imports (torch, transformers) stay inside the verbs, so that --help and a mistyped verb answer at once.

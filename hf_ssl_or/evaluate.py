@@ -16,6 +16,7 @@ from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.evaluation.evaluator import evaluate_encoder
 from hf_ssl_or.evaluation.labeled import find_dataset, load_labeled
 from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
+from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
 from hf_ssl_or.run import build_method, claim, labeled_images, load_training_images, view_specs
 from hf_ssl_or.runs.results import EncoderResults
@@ -136,7 +137,9 @@ def _chosen(protocols: list[str] | None) -> list[str]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu_is_forced() else "cpu")
+    refuse_launcher_settings(device=device.type)
+    return device
 
 
 def _recipe_of(run_dir: Path) -> Recipe | None:

@@ -10,57 +10,9 @@ from typing import Any, TypeVar, dataclass_transform, get_type_hints
 from huggingface_hub.dataclasses import strict
 
 from hf_ssl_or.errors import InputError, unknown
+from hf_ssl_or.habits import HABITS
 
 C = TypeVar("C")
-
-# What people type by habit, from transformers, timm, Lightning or lightly, and where it is set here.
-HABITS = {
-    "num_train_epochs": "training.epochs",
-    "num_epochs": "training.epochs",
-    "max_epochs": "training.epochs",
-    "epochs": "training.epochs",
-    "output": "training.output_dir",
-    "seed": "training.seed",
-    "per_device_train_batch_size": "training.batch_size (images of all processes together)",
-    "train_batch_size": "training.batch_size (images of all processes together)",
-    "batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.forward_chunks (parts of one batch; the batch size does not change)",
-    "learning_rate": "training.optimizer.lr",
-    "lr": "training.optimizer.lr",
-    "weight_decay": "training.optimizer.weight_decay",
-    "adam_epsilon": "training.optimizer.eps",
-    "optim": "training.optimizer.name",
-    "optimizer": "training.optimizer.name",
-    "lr_scheduler_type": "training.optimizer.schedule",
-    "warmup_epochs": "training.optimizer.warmup_epochs",
-    "warmup_steps": "training.optimizer.warmup_epochs (in epochs; fractions are allowed)",
-    "warmup_ratio": "training.optimizer.warmup_epochs (in epochs; fractions are allowed)",
-    "fp16": "training.mixed_precision: fp16",
-    "bf16": "training.mixed_precision: bf16",
-    "precision": "training.mixed_precision",
-    "torch_compile": "training.compile",
-    "use_cpu": "training.device: cpu",
-    "no_cuda": "training.device: cpu",
-    "sharding": "training.fsdp",
-    "logging_steps": "training.log_every",
-    "eval_steps": "training.monitor_every (in epochs)",
-    "eval_strategy": "training.monitor_every (in epochs)",
-    "save_strategy": "training.save_every (in epochs), or training.save_steps",
-    "save_total_limit": "training.keep_last",
-    "metric_for_best_model": "training.keep_best",
-    "load_best_model_at_end": "training.keep_best",
-    "report_to": "training.trackers",
-    "push_to_hub": "training.push and training.push_to",
-    "hub_model_id": "training.push_to",
-    "dataloader_num_workers": "data.num_workers",
-    "num_workers": "data.num_workers",
-    "img_size": "data.image_size",
-    "num_views": "views.count",
-    "model": "encoder.name",
-    "arch": "encoder.name",
-    "backbone": "encoder.name",
-    "in_chans": "encoder.num_channels",
-}
 
 
 def unknown_setting(kind: str, name: str, known: list[str]) -> InputError:

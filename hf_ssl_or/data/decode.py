@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,7 @@ _LAYOUT = 2  # part of every key: a change of how images are decoded makes older
 _TASK = 64  # images that a thread decodes at a time
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -106,6 +107,30 @@ def decode_for_boxes(
         return Decoded(_as_stored(pixels, job), size or pixels.shape[:2])
 
     return _attempt(source, row, convert)
+
+
+def first_readable(
+    job: DecodeJob, place: int, attempt: Callable[[int], T | str], failures: dict[int, str]
+) -> tuple[T, int]:
+    """Returns what an attempt makes of the image at a place, or of the next one that can be read, and its place.
+
+    Args:
+        job: The images.
+        place: Which of its rows comes first.
+        attempt: Takes a row; says in words what is wrong with the image.
+        failures: Gets the rows that cannot be read.
+
+    Raises:
+        InputError: None of the images can be read.
+    """
+    n = len(job.rows)
+    for i in range(place, place + n):
+        row = int(job.rows[i % n])
+        found = attempt(row)
+        if not isinstance(found, str):
+            return found, i % n
+        failures[row] = found
+    raise job.too_many(list(failures.values()))
 
 
 def _attempt(source: ImageReader, row: int, convert: Callable[[Any], Decoded]) -> Decoded | str:

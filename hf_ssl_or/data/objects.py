@@ -20,7 +20,7 @@ from hf_ssl_or.data.image_dataset import ImageSet, same_labels
 from hf_ssl_or.data.image_files import FileSource
 from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.iterable import read_stream
-from hf_ssl_or.data.labels import choose_rows, encode_labels
+from hf_ssl_or.data.labels import encode_labels, hold_out
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.map_style import MapSource, split_item
 from hf_ssl_or.data.sources import ImageSource, list_splits
@@ -28,7 +28,6 @@ from hf_ssl_or.data.splits import TEST_SPLITS, find_split
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 
-HOLDOUT_SEED = 0
 _TAKEN = (
     "a Hub id, a folder, a list of images or paths, an array or tensor of images, a data set of `datasets` or a "
     "map-style one of torch"
@@ -131,14 +130,18 @@ def _test_split(dataset: Any, arguments: DataArguments) -> str | None:
 def _held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
     """Parts a labeled set."""
     assert images.labels is not None
-    labels = images.labels.numpy()
-    test_rows = choose_rows(labels, len(labels), share, HOLDOUT_SEED)
-    train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
-    if len(np.unique(labels[train_rows])) < 2:
+    parts = hold_out(images.labels.numpy(), share)
+    if parts is None:
         raise InputError(
-            f"{images.name}: its {len(labels)} images are too few, or of too few classes, to hold some out for the "
+            f"{images.name}: its {len(images)} images are too few, or of too few classes, to hold some out for the "
             "test; give a pair (train, test)"
         )
+    train_rows, test_rows = parts
+    _logger.warning(
+        "%s has no test split: probes are tested on %d of its %d images, held out from their fit by a seed "
+        "(data.holdout=%g)",
+        *(images.name, len(test_rows), len(images), share),
+    )
     return images.subset(train_rows), images.subset(test_rows)
 
 
@@ -165,7 +168,6 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
     kind = type(dataset).__name__
     if arguments.streaming:
         raise InputError(f"data.streaming: reads shards, not a {kind} in a program; leave it out, or name the shards")
-    folder_type = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ())
     source: ImageSource
     if isinstance(dataset, datasets.Dataset):
         source = _open_dataset(dataset, arguments, split)
@@ -173,7 +175,7 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
         source = read_stream(dataset, arguments, num_channels)
     elif isinstance(dataset, list | tuple | np.ndarray | torch.Tensor):
         source = _open_list(dataset, arguments)
-    elif isinstance(dataset, folder_type) and dataset.transforms is None:  # of which the files say everything
+    elif _is_plain_folder(dataset):
         paths, labels = zip(*dataset.samples, strict=True)
         labels_N, class_names = encode_labels(labels, list(dataset.classes))
         source = FileSource(Path(dataset.root).name, Path(), paths, labels_N, class_names)
@@ -185,6 +187,18 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
     if not len(source):
         raise InputError(f"data: {source.name} ({kind}) holds no image")
     return source
+
+
+def _is_plain_folder(dataset: Any) -> bool:
+    """Says whether it is torchvision's folder of images without transforms: its files can be read here, faster."""
+    folder = sys.modules.get("torchvision.datasets.folder")
+    return (
+        folder is not None
+        and isinstance(dataset, folder.DatasetFolder)
+        and type(dataset).__getitem__ is folder.DatasetFolder.__getitem__
+        and dataset.loader is folder.default_loader
+        and dataset.transform is dataset.target_transform is None
+    )
 
 
 def _open_list(items: Any, arguments: DataArguments) -> ListSource:

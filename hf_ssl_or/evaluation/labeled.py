@@ -7,18 +7,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet, same_labels
-from hf_ssl_or.data.labels import choose_rows
+from hf_ssl_or.data.labels import hold_out
 from hf_ssl_or.data.loading import load_images, public_name
 from hf_ssl_or.data.sources import list_splits, load_source
 from hf_ssl_or.data.splits import TEST_SPLITS
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 
-_HOLDOUT_SEED = 0
 _LEAST_BANK = 20  # images that kNN asks for at least
 _logger = logging.getLogger(__name__)
 
@@ -72,16 +69,15 @@ def _held_out(
         if required:
             raise _unlabeled(data, data.train_split)
         return None
-    test_rows = choose_rows(labels, len(labels), float(data.holdout), _HOLDOUT_SEED)
-    train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
-    least = 1 if required else _LEAST_BANK
-    if len(np.unique(labels[train_rows])) < 2 or len(train_rows) < least:  # of one class there is nothing to tell
+    parts = hold_out(labels, float(data.holdout))
+    if parts is None or (not required and len(parts[0]) < _LEAST_BANK):
         if required:
             raise InputError(
                 f"{data.dataset}: has no split {data.test_split!r}, and its {len(labels)} images are too few, or of "
                 "too few classes, to hold some out for the test"
             )
         return None
+    train_rows, test_rows = parts
     _logger.warning(
         "%s has no split %r: probes are tested on %d of its %d training images, held out from their fit by a seed "
         "(data.holdout=%g); pretraining sees them, without labels",

@@ -44,11 +44,11 @@ def pack_features(features_NF: Tensor) -> np.ndarray:
     Returns:
         (N, F) float16; zeros for features that do not vary.
     """
-    centred_NF = features_NF.double() - features_NF.double().mean(0)
-    deviation = centred_NF.square().mean().sqrt()
+    centered_NF = features_NF.double() - features_NF.double().mean(0)
+    deviation = centered_NF.square().mean().sqrt()
     if float(deviation) <= torch.finfo(torch.float32).eps * float(features_NF.abs().max()):
         return np.zeros(features_NF.shape, np.float16)
-    return (centred_NF / deviation).to(torch.float16).numpy()
+    return (centered_NF / deviation).to(torch.float16).numpy()
 
 
 def write_samples(

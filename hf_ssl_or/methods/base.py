@@ -1,4 +1,4 @@
-"""What every method shares: its contract, the one encoder forward over all views, and gradient accumulation.
+"""What every method shares: its contract, the one encoder forward over all views, and its chunks.
 
 A method is one file with a docstring, a dataclass of settings, a pure loss function of embeddings and one subclass of
 `SSLMethod`. It owns its heads and its state (teacher, queue, center); the training loop knows nothing of them.
@@ -84,12 +84,14 @@ class SSLMethod(nn.Module):
         module = type(self).__module__.rpartition(".")[2]
         self.name = type(self).__name__ if module == "__main__" else module
         self.config, self.whitening = self._configured(config, settings), whitening
+        if not isinstance(encoder, nn.Module):
+            raise InputError(f"encoder: a module is wanted, which create_encoder makes of a name, not {encoder!r:.80}")
+        if self.needs_patches and not isinstance(encoder, SSLViTModel):
+            raise InputError(f"encoder.name: {self.name} needs a vision transformer of create_encoder, say vit_tiny")
         try:
             self.encoder = adapt_encoder(encoder)
         except ValueError as error:
-            raise InputError(f"encoder: {error}") from error
-        if self.needs_patches and not isinstance(self.encoder, SSLViTModel):
-            raise InputError(f"encoder.name: {self.name} needs a vision transformer, say vit_tiny")
+            raise InputError(f"encoder: {str(error).removeprefix('encoder: ')}") from error
         self.num_views, self.num_local_views = 0, 0  # not known yet
         self.feature_size: int = self.encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         self.chunks, self.images_together, self.channels_last = 1, 1, False
@@ -121,10 +123,10 @@ class SSLMethod(nn.Module):
         """Builds heads and state; `encoder`, `config` and `feature_size` are there already."""
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
-        """Tells the method the sizes of the batches to come; the trainer does so before training.
+        """Checks the sizes of the batches to come and builds what depends on them.
 
-        Without it the first batch tells them. Call it before `load_state_dict`: queues per view have no shape before.
-        The same sizes may be told again.
+        The trainer calls it before training; without it, the first batch says the sizes. Call it before
+        `load_state_dict`, as a queue per view is empty until then. Another call with the same sizes changes nothing.
 
         Args:
             num_views: V, the number of views of each image.
@@ -145,7 +147,7 @@ class SSLMethod(nn.Module):
         self.num_views, self.num_local_views = num_views, num_local_views
 
     def __call__(self, batch: MultiViewBatch) -> SSLOutput:
-        """Runs `forward`, for which batches with other numbers of views than before are first told to `prepare`."""
+        """Runs `forward`, after `prepare` where the numbers of views are not those that it was called for."""
         num_views, images = batch.views_VBCHW.shape[:2]
         num_local_views = 0 if batch.local_views_VBCHW is None else len(batch.local_views_VBCHW)
         if (num_views, num_local_views) != (self.num_views, self.num_local_views):
@@ -202,7 +204,7 @@ class SSLMethod(nn.Module):
         return torch.cat([_encoded_again(encoder, read, dict(zip(tensors, part, strict=True))) for part in parts])
 
     def output(self, loss: Tensor, terms: dict[str, Tensor], embeddings_VBD: Tensor) -> SSLOutput:
-        """Packs the loss with its terms, detached; adds feature whitening where the recipe asks for it.
+        """Packs the loss with its terms, detached; adds feature whitening where `whitening` asks for it.
 
         Args:
             loss: The loss of the global batch.
@@ -237,9 +239,10 @@ class SSLMethod(nn.Module):
             try:
                 self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
             except (AttributeError, ValueError) as error:
+                key, off = ("gradient_checkpointing", "false") if recompute_blocks else ("forward_chunks", "1")
+                why = "" if recompute_blocks else ", which its batch statistics need here"
                 raise InputError(
-                    "training.gradient_checkpointing: this encoder has none, and its batch statistics rule out parts "
-                    "of a batch; leave it at false and training.forward_chunks at 1"
+                    f"training.{key}: this encoder has no gradient checkpointing{why}; leave it at {off}"
                 ) from error
 
     def use_channels_last(self) -> None:

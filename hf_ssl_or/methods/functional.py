@@ -1,4 +1,4 @@
-"""Terms that losses are made of: functions of embeddings `z_VND` of the global batch, all views at once.
+"""Building blocks of losses: functions of embeddings `z_VND` of the global batch, all views at once.
 
 Each is checked against its plain formula in the tests. None waits for the device, none costs V^2 where V will do.
 """

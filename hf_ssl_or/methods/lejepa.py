@@ -71,7 +71,7 @@ def lejepa_loss(
     Args:
         z_SBD: This process's projections of all views, the global ones first.
         directions_DA: Unit columns, the same on every process.
-        global_views: How many of the views have a say in what all are to agree on.
+        global_views: How many of the views are averaged into what all are to agree on.
         sigreg_weight: Lambda.
         knots: Number of points of the trapezoidal rule.
         largest_frequency: Where the integral ends.

@@ -72,6 +72,15 @@ class SSLTimmModel(SSLModel):
         names = _block_names(name, json.dumps(arguments), self.config.image_size)
         return [[self.timm_model.get_submodule(block)] for block in names]
 
+    def check_image_size(self) -> None:
+        """Raises ValueError where the architecture takes no images of the configuration's size."""
+        try:
+            self.blocks()
+        except (RuntimeError, AssertionError, ValueError) as error:
+            side, name = self.config.image_size, self.config.architecture
+            reason = " ".join(str(error).split())[:150]
+            raise ValueError(f"image_size: {name} takes no images of {side} x {side} pixels: {reason}") from error
+
     def stage_widths(self) -> list[int]:
         """Returns the channels of every stage."""
         return [info["num_chs"] for info in self.timm_model.feature_info]

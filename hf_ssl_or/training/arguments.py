@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from dataclasses import field
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class SSLTrainingArguments:
         push_to: The repository, "owner/name".
     """
 
-    output_dir: str | os.PathLike[str] | None = None
+    output_dir: str | Path | None = None
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ import torch
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
-from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features, get_protocol
+from hf_ssl_or.evaluation.evaluator import evaluate_encoder, evaluate_features
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.neighbors import write_samples
+from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
 from hf_ssl_or.hub.snippets import describe_encoder
 from hf_ssl_or.hub.weight_files import weights_sha256
-from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from hf_ssl_or.models.image_processing_ssl import build_image_processor, stock_processor
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.report.preview import plot_preview
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.results import Results
@@ -45,15 +48,21 @@ def write_encoder(encoder: Any, folder: Path, *, recipe: dict[str, Any], images:
         "hf_ssl_or": importlib.metadata.version("hf-ssl-or"),
     }
     encoder.config.preprocessing = images.preprocessing.to_dict()
+    stock = not isinstance(encoder, SSLModel) and stock_processor(images.preprocessing)
+    if stock:
+        encoder.config.pretrained_cfg = stock["pretrained_cfg"]
     encoder.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    build_image_processor(images.preprocessing).save_pretrained(folder)
+    if stock:
+        (folder / "preprocessor_config.json").write_text(json.dumps(stock, indent=2) + "\n")
+    else:
+        build_image_processor(images.preprocessing).save_pretrained(folder)
 
 
 def evaluate(trainer: Any, labeled: Labeled) -> dict[str, Any]:
     """Returns `evaluations` and `collapse` of the encoder as it is; without labels, no evaluations."""
     encoder, device, settings = trainer.encoder, trainer.device, trainer.evaluation
     if labeled is not None:
-        return evaluate_encoder(encoder, *labeled, settings, device=device)
+        return evaluate_encoder(encoder, *labeled, settings, evaluators=trainer.evaluators, device=device)
     images = trainer.images
     many = trainer.recipe["data"]["streaming"] or len(images) > _ALL
     sample = images.sample(_UNLABELED, "collapse") if many else images

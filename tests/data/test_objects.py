@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from hf_ssl_or.data import map_style
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.objects import load_dataset_object, load_eval_object
@@ -170,6 +171,26 @@ def test_items_that_differ_are_warned_of_once():
     with pytest.warns(UserWarning, match="Items: reads differently each time") as caught:
         load(noise)
     assert len(caught) == 1
+
+
+def test_classes_have_the_names_of_the_set(monkeypatch):
+    items = Items(pairs())
+    items.classes = ["a", "b", "c", "d"]
+    images = load(torch.utils.data.Subset(items, range(6)))
+    assert images.class_names == ["a", "b", "c", "d"] and images.labels.tolist() == LABELS[:6]
+    by_workers = load_in_workers(monkeypatch, items)
+    assert by_workers.fingerprint == load(items).fingerprint and by_workers.labels.tolist() == LABELS
+    with pytest.raises(InputError, match="item 1 of Items: NoneType") as caught:
+        load_in_workers(monkeypatch, Items([picture(1), None]))
+    assert "\n" not in str(caught.value)
+    items.items = [(image, f"class {label}") for image, label in pairs()]
+    assert load(items).class_names == ["class 0", "class 1", "class 2"]
+
+
+def load_in_workers(monkeypatch: pytest.MonkeyPatch, dataset: object) -> ImageSet:
+    with monkeypatch.context() as patch:
+        patch.setattr(map_style, "_MANY", 1)
+        return load(dataset, num_workers=2)
 
 
 def test_an_unreadable_item_is_left_out():

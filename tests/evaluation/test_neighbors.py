@@ -56,9 +56,9 @@ def test_of_equally_near_images_the_first_wins_and_zeros_are_near_nothing() -> N
 def test_packed_features_keep_their_geometry_at_any_scale(scale: float) -> None:
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 2
     packed = pack_features(features * scale)
-    centerd = (features - features.mean(0)).double().numpy()
+    centered = (features - features.mean(0)).double().numpy()
     assert packed.dtype == np.float16
-    np.testing.assert_allclose(packed, centerd / np.sqrt((centerd**2).mean()), atol=5e-3)
+    np.testing.assert_allclose(packed, centered / np.sqrt((centered**2).mean()), atol=5e-3)
 
 
 def test_packed_features_that_do_not_vary_are_zero() -> None:

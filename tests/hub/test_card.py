@@ -21,7 +21,8 @@ from PIL import Image
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report, weight_report
-from hf_ssl_or.evaluation.evaluator import evaluate_features, get_protocol
+from hf_ssl_or.evaluation.evaluator import evaluate_features
+from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table, write_card
 from hf_ssl_or.hub.export import timm as timm_export
 from hf_ssl_or.hub.export.model import read_portable

@@ -94,11 +94,13 @@ def test_the_signature_shows_the_settings_with_their_defaults():
 
 def test_an_encoder_that_cannot_be_adapted_is_one_clear_line(tiny_encoder, monkeypatch):
     def refuse(encoder):
-        raise ValueError("gives no features")
+        raise ValueError("encoder: gives no features")
 
     monkeypatch.setattr("hf_ssl_or.methods.base.adapt_encoder", refuse)
     with pytest.raises(InputError, match="^encoder: gives no features$"):
         Plain(tiny_encoder())
+    with pytest.raises(InputError, match="^encoder: a module is wanted, which create_encoder makes of a name"):
+        Plain("resnet18")
 
 
 def batch_of(views, images=4):
@@ -214,8 +216,10 @@ def test_gradient_checkpointing_is_asked_for_only_where_it_is_needed(tiny_encode
 
         method.encoder.gradient_checkpointing_enable = refuse
     method.prepare_chunks(1)
-    with pytest.raises(InputError, match="training.gradient_checkpointing: this encoder has none"):
+    with pytest.raises(InputError, match="training.forward_chunks: .* batch statistics need here; leave it at 1"):
         method.prepare_chunks(2)
+    with pytest.raises(InputError, match="training.gradient_checkpointing: this encoder has no .*; leave it at false"):
+        method.prepare_chunks(1, recompute_blocks=True)
 
 
 def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):

@@ -78,9 +78,9 @@ def filter_correlations(weight: Tensor | np.ndarray, *, ordered: bool = True) ->
     if matrix.ndim < 2:
         raise InputError(f"weight: wants (filters, inputs, ...), not shape {tuple(matrix.shape)}")
     w_OI = as_matrix(matrix.flatten(1), "weight").double()
-    centred_OI = w_OI - w_OI.mean(1, keepdim=True)
-    constant_O1 = centred_OI.norm(dim=1, keepdim=True) <= 1e-12 * w_OI.norm(dim=1, keepdim=True)
-    unit_OI = nn.functional.normalize(centred_OI.masked_fill(constant_O1, 0), dim=1)
+    centered_OI = w_OI - w_OI.mean(1, keepdim=True)
+    constant_O1 = centered_OI.norm(dim=1, keepdim=True) <= 1e-12 * w_OI.norm(dim=1, keepdim=True)
+    unit_OI = nn.functional.normalize(centered_OI.masked_fill(constant_O1, 0), dim=1)
     similarity_OO = (unit_OI @ unit_OI.T).abs().clamp(max=1).fill_diagonal_(1)
     if not ordered:
         return similarity_OO.numpy()
