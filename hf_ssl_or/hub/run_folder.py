@@ -30,7 +30,7 @@ from hf_ssl_or.models import auto
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.results import OWN_LIBRARY, read_results
 
-_CODE = (CONVERSION.name, *(path.name for path in CONVERSION.parent.glob("*_ssl*.py")))
+_CODE = tuple(path.name for path in CONVERSION.parent.glob("*.py"))
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _CARD_FILES = ("README.md", "recipe.yaml", "results.json")
 _OF_IMAGES = ("views", "neighbors")  # figures that show images of the data set
