@@ -61,7 +61,7 @@ def complaints(path: Path, source: str) -> list[str]:
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Which module imports which, also inside of functions; `from package import module` is an import of the module."""
+    """Which module imports which, also within functions; `from package import module` imports the module."""
     graph: dict[str, set[str]] = {name: set() for name in sources}
     for name, source in sources.items():
         for module, names in imported_modules(ast.parse(source)):

@@ -93,7 +93,7 @@ class SSLMethod(nn.Module):
         except ValueError as error:
             raise InputError(f"encoder: {str(error).removeprefix('encoder: ')}") from error
         self.num_views, self.num_local_views = 0, 0  # not known yet
-        self.feature_size: int = self.encoder.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.feature_size: int = self.encoder.config.hidden_size
         self.chunks, self.images_together, self.channels_last = 1, 1, False
         self.build_heads()
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .blocks import block_names, recompute_in_backward
 from .configuration_ssl import OrthogonalityConfig
-from .modeling_ssl import SSLModel, SSLPreTrainedModel
+from .modeling_ssl import SSLPreTrainedModel
 
 POOLER, CLASS_TOKEN, MEAN = "pooler output", "class token", "mean"
 _CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
@@ -289,7 +289,7 @@ class EncoderAdapter(nn.Module):
         raise ValueError(f"encoder: {self.description['name']} takes no images of {tried}: {reason}")
 
     def _choose(self, output: Any, untrained: Iterable[str]) -> None:
-        """Takes the pooled output, unless it is untrained beside trained weights; else the class token, else the mean."""
+        """Takes the pooled output, unless only it is untrained; else the class token, else the mean."""
         name = self.description["name"]
         self._is_map, self._attributes = False, not isinstance(output, dict) or hasattr(output, "to_tuple")
         if isinstance(output, Tensor):

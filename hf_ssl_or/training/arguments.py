@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers.trainer_utils import IntervalStrategy

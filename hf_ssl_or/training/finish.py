@@ -48,14 +48,15 @@ def write_encoder(encoder: Any, folder: Path, *, recipe: dict[str, Any], images:
         "hf_ssl_or": importlib.metadata.version("hf-ssl-or"),
     }
     encoder.config.preprocessing = images.preprocessing.to_dict()
-    stock = not isinstance(encoder, SSLModel) and stock_processor(images.preprocessing)
-    if stock:
-        encoder.config.pretrained_cfg = stock["pretrained_cfg"]
     encoder.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    if stock:
-        (folder / "preprocessor_config.json").write_text(json.dumps(stock, indent=2) + "\n")
-    else:
+    stock = None if isinstance(encoder, SSLModel) else stock_processor(images.preprocessing)
+    if stock is None or encoder.description["library"] == "torch":
         build_image_processor(images.preprocessing).save_pretrained(folder)
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **stock["pretrained_cfg"]}
+    for name, content in (("config.json", config), ("preprocessor_config.json", stock)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate(trainer: Any, labeled: Labeled) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hf_ssl_or.training.description import name_of
 
 View = ViewSpec | Callable[[torch.Tensor], torch.Tensor]
 Views = int | View | Sequence[View] | None
+_SCHEDULED = ("lr", "momentum", "betas", "weight_decay")  # what torch's schedulers change in a group of an optimizer
 _DEFAULT_SIZE = 224  # pixels, where neither the data nor the encoder says one
 
 
@@ -186,6 +187,26 @@ def take_optimizer(
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"optimizers: the state of {name_of(scheduler)} is not plain data ({error})") from error
     return optimizer
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Returns a scheduler's state, and the values of its optimizer that it changes from step to step."""
+    changed = [
+        {
+            key: value
+            for key, value in group.items()
+            if isinstance(value, int | float | list | tuple) and key in _SCHEDULED
+        }
+        for group in scheduler.optimizer.param_groups
+    ]
+    return {"state": scheduler.state_dict(), "groups": changed}
+
+
+def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    """Puts back what `scheduler_state` returned."""
+    scheduler.load_state_dict(state["state"])
+    for group, values in zip(scheduler.optimizer.param_groups, state["groups"], strict=True):
+        group.update(values)
 
 
 def default_folder(method: SSLMethod) -> Path:

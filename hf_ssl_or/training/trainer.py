@@ -54,9 +54,11 @@ from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_r
 from hf_ssl_or.training.setup import (
     Views,
     default_folder,
+    load_scheduler,
     resolve_data,
     resolve_method,
     resolve_views,
+    scheduler_state,
     stored_size,
     take_optimizer,
 )
@@ -142,6 +144,7 @@ class SSLTrainer:
         with self.accelerator.local_main_process_first():  # which decodes the images for the others
             self.images, self.labeled = load_sets(train_dataset, eval_dataset, data_arguments, config.num_channels)
         self.orthogonality = _penalty_settings(orthogonality)
+        config.orthogonality = self.orthogonality
         self.evaluation, self.evaluators = evaluation or EvaluationArguments(), evaluators
         method_object.prepare(
             num_views=len(self.views), batch_size=self.args.batch_size, num_local_views=len(self.local_views)
@@ -469,7 +472,7 @@ class SSLTrainer:
         state = {
             "optimizer": entries,
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "scheduler": {} if self.scheduler is None else scheduler_state(self.scheduler),
             "callbacks": self.callbacks.state_dict(),
             "best_metric": self.state.best_metric,
             "best_global_step": self.state.best_global_step,
@@ -499,7 +502,7 @@ class SSLTrainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.scheduler is not None and state["scheduler"]:
-            self.scheduler.load_state_dict(state["scheduler"])
+            load_scheduler(self.scheduler, state["scheduler"])
         self.callbacks.load_state_dict(state["callbacks"])
         self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_global_step"]
         step = int(state["step"])

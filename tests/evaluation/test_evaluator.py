@@ -196,9 +196,7 @@ def test_the_class_of_a_protocol_of_your_own_is_in_its_hash(own_protocol) -> Non
     assert own_protocol().hash != Error().hash != Error(least=2).hash
     assert "class" not in KnnProtocol(name="mine").settings()
     data = LabeledFeatures(torch.randn(12, 3), torch.arange(12) % 2)
-    with pytest.raises(
-        InputError, match="run does not return its primary metric 'error'; it returns"
-    ):
+    with pytest.raises(InputError, match="run does not return its primary metric 'error'; it returns"):
         evaluate_features(Error(), data.features_NF, data.labels_N, data.features_NF, data.labels_N)
     with pytest.raises(InputError, match="nearest-mean: settings must be plain values or tuples of them"):
         _ = Error(least=object()).hash
