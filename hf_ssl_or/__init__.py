@@ -24,6 +24,7 @@ _HOMES = {
     "training.trainer": ("SSLTrainer",),
     "recipe": ("Recipe", "load_recipe"),
     "run": ("pretrain",),
+    "structures": ("ViewSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

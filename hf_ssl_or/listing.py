@@ -29,7 +29,7 @@ def _encoders() -> list[tuple[str, str]]:
 
 
 def _protocols() -> list[tuple[str, str]]:
-    from hf_ssl_or.evaluation.evaluator import available_protocols, get_protocol
+    from hf_ssl_or.evaluation.protocols import available_protocols, get_protocol
 
     return [(name, f"hash {get_protocol(name).hash}") for name in available_protocols()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
@@ -9,12 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 
 from hf_ssl_or.data.resize_matrices import resize_fast
 from hf_ssl_or.data.sources import ImageReader, ImageSource
@@ -33,6 +34,7 @@ _LAYOUT = 2  # part of every key: a change of how images are decoded makes older
 _TASK = 64  # images that a thread decodes at a time
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -105,6 +107,30 @@ def decode_for_boxes(
         return Decoded(_as_stored(pixels, job), size or pixels.shape[:2])
 
     return _attempt(source, row, convert)
+
+
+def first_readable(
+    job: DecodeJob, place: int, attempt: Callable[[int], T | str], failures: dict[int, str]
+) -> tuple[T, int]:
+    """Returns what an attempt makes of the image at a place, or of the next one that can be read, and its place.
+
+    Args:
+        job: The images.
+        place: Which of its rows comes first.
+        attempt: Takes a row; says in words what is wrong with the image.
+        failures: Gets the rows that cannot be read.
+
+    Raises:
+        InputError: None of the images can be read.
+    """
+    n = len(job.rows)
+    for i in range(place, place + n):
+        row = int(job.rows[i % n])
+        found = attempt(row)
+        if not isinstance(found, str):
+            return found, i % n
+        failures[row] = found
+    raise job.too_many(list(failures.values()))
 
 
 def _attempt(source: ImageReader, row: int, convert: Callable[[Any], Decoded]) -> Decoded | str:
@@ -211,12 +237,10 @@ def decode_all(job: DecodeJob, tally: Tally) -> Iterator[list[Decoded]]:
     Raises:
         InputError: More images than allowed cannot be read.
     """
-    hidden = rank() > 0 or not sys.stderr.isatty()
     with (
         ThreadPoolExecutor(job.workers) as pool,
-        Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress,
+        progress_bar(f"decoding {job.source.name}", len(job.rows)) as advance,
     ):
-        bar = progress.add_task(f"decoding {job.source.name}", total=len(job.rows))
         for start, results in _in_order(job, pool):
             images = [image for image in results if isinstance(image, Decoded)]
             failed = {str(start + k): reason for k, reason in enumerate(results) if isinstance(reason, str)}
@@ -227,10 +251,22 @@ def decode_all(job: DecodeJob, tally: Tally) -> Iterator[list[Decoded]]:
             if images:
                 tally.add([image.pixels for image in images], job.preprocessing)
                 yield images
-            progress.advance(bar, len(results))
+            advance(len(results))
     if tally.unreadable:
         named = "; ".join(list(tally.unreadable.values())[:3])
         _logger.warning("%s: left out %d unreadable images: %s", job.source.name, len(tally.unreadable), named)
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on the first process's terminal, or a count where the total is unknown; yields what advances it."""
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    columns = (
+        Progress.get_default_columns() if total is not None else (TextColumn("{task.description} {task.completed:,}"),)
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        bar = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(bar, count)
 
 
 def _in_order(job: DecodeJob, pool: ThreadPoolExecutor) -> Iterator[tuple[int, list[Decoded | str]]]:

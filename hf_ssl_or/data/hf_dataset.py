@@ -190,11 +190,44 @@ def _is_image(content: bytes) -> bool:
     return True
 
 
-def _labels(table: datasets.Dataset, arguments: DataArguments) -> tuple[np.ndarray | None, list[str] | None]:
-    features, name = table.features, arguments.label_column
-    if name is None:
-        classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        name = next((column for column in (*LABEL_COLUMNS, *classes) if column in features), None)
+def find_array_column(features: datasets.Features, arguments: DataArguments) -> tuple[str, str] | None:
+    """Returns the column that holds an array per row, of 2 or 3 dimensions, and its type; None if there is none.
+
+    It is the one that the arguments name, or the only one of a table without a column of images or of bytes.
+    """
+    found = {name: dtype for name, feature in features.items() if (dtype := _array_dtype(feature))}
+    if (wanted := arguments.image_column) is not None:
+        return (wanted, found[wanted]) if wanted in found else None
+    columns = [column for key in features for column in _columns(features[key], (key,), None)]
+    encoded = any(column.holds_images or column.holds_bytes for column in columns)
+    return None if encoded or len(found) != 1 else next(iter(found.items()))
+
+
+def _array_dtype(feature: Any) -> str | None:
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return str(feature.dtype)
+    depth = 0
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        depth, feature = depth + 1, feature.feature
+    is_array = depth in (2, 3) and isinstance(feature, datasets.Value)
+    return feature.dtype if is_array and feature.dtype.startswith(("uint", "int", "float")) else None
+
+
+def find_label_column(features: datasets.Features, arguments: DataArguments) -> str | None:
+    """Returns the column of the labels: the one that the arguments name, else one of a usual name or kind."""
+    if arguments.label_column is not None:
+        return arguments.label_column
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return next((column for column in (*LABEL_COLUMNS, *classes) if column in features), None)
+
+
+def table_labels(table: datasets.Dataset, arguments: DataArguments) -> tuple[np.ndarray | None, list[str] | None]:
+    """Returns the labels of a table's rows and their names, or None, None.
+
+    Raises:
+        InputError: The column that the arguments name is not there, or holds no labels.
+    """
+    features, name = table.features, find_label_column(table.features, arguments)
     if name is None:
         return None, None
     columns = {column.name: column for key in features for column in _columns(features[key], (key,), None)}
@@ -217,16 +250,18 @@ def _labels(table: datasets.Dataset, arguments: DataArguments) -> tuple[np.ndarr
 # Images
 
 
-def open_table(table: datasets.Dataset, arguments: DataArguments, split: str) -> TableSource | FileSource:
+def open_table(
+    table: datasets.Dataset, arguments: DataArguments, split: str, *, in_program: bool = False
+) -> TableSource | FileSource:
     """Opens a split of a data set, whose column holds encoded images or paths.
 
-    Paths are relative to the folder of the data set, and must not leave it. Of a list of images each counts, with the
-    label of its row.
+    Paths are relative to the folder of the data set, and must not leave it; those of a table that a program holds may
+    lead anywhere. Of a list of images each counts, with the label of its row.
 
     Raises:
         InputError: A column is not there, or none or several hold images; or a path leads elsewhere.
     """
-    labels, class_names = _labels(table, arguments)
+    labels, class_names = table_labels(table, arguments)
     column = find_image_column(table.features, arguments, lambda column: _first_values(table, column))
     cells, rows = Cells(table, column), np.arange(len(table))
     if column.inner is not None:
@@ -241,13 +276,13 @@ def open_table(table: datasets.Dataset, arguments: DataArguments, split: str) ->
         )
     places = Places(rows, f"split {split!r}, column {column.name!r}", column.inner is not None)
     folder = Path(arguments.dataset).expanduser()
-    local = folder if folder.is_dir() else None
+    local = folder if folder.is_dir() and not in_program else None
     paths = _paths(cells, column)
     if paths is None:
         return TableSource(table, column, places, arguments.dataset, local, labels, class_names)
     if local is not None:
         paths = [path and path_inside(local, path, places(i)) for i, path in enumerate(paths)]
-    elif column.holds_words:
+    elif column.holds_words and not in_program:
         raise InputError(
             f"data.image_column: {column.name!r} holds paths, of files that {arguments.dataset} on the Hub does not "
             "bring; name another column, or a folder that holds the set and the files"

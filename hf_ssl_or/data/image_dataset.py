@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
-from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, note_unreadable
+from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, first_readable, note_unreadable
 from hf_ssl_or.data.in_memory import ListSource
+from hf_ssl_or.data.own_views import Failure, OwnPlan, OwnViewMaker, OwnViews
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
 from hf_ssl_or.data.sampling import Order, ShuffledOrder
-from hf_ssl_or.data.views import clean_views, crop_views, render_views, sample_parameters
+from hf_ssl_or.data.views import clean_views, crop_views, normalize_views, render_views, sample_parameters
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import keyed_permutation
@@ -201,6 +202,34 @@ class ImageSet:
             return
         yield from self._views_of_crops(plans, device)
 
+    def own_views(
+        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    ) -> Iterator[Rendered]:
+        """Yields the views that own functions make, plan by plan, normalized: (V, B, C, h, w) for each list.
+
+        Worker processes call the functions ahead of time, where these can travel to them.
+
+        Raises:
+            InputError: A function fails, or does not return one view.
+        """
+        maker = OwnViewMaker(self.job, self.load_full(), lists)
+        workers = None if all(own.travels for own in lists) else 0
+        for made, index_B in self._loader(plans, maker, device, workers=workers):
+            yield self._normalized(made, device), index_B
+
+    def _normalized(self, made: list[Tensor] | Failure, device: torch.device | str) -> list[Tensor]:
+        """Moves own views to the device and normalizes them."""
+        if isinstance(made, Failure):
+            raise InputError(made.message) from made.cause
+        return [normalize_views(x.to(device, non_blocking=True), self.preprocessing) for x in made]
+
+    def full_image(self, place: int) -> np.ndarray:
+        """Returns the pixels of an image as it is stored, or of the next one that can be read: (H, W, C)."""
+        if (store := self.load_full()) is not None:
+            return store[place]
+        image, _ = first_readable(self.job, place, lambda row: decode(self.job.source, row, self.job), {})
+        return image.pixels
+
     def suited(self, specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
         """Returns specs as they are for RGB images, else without what needs colors."""
         return tuple(specs) if self.preprocessing.num_channels == 3 else tuple(map(without_color, specs))
@@ -231,10 +260,13 @@ class ImageSet:
                 groups = render_groups(crops, plan, self.preprocessing)
             yield groups, index_B
 
-    def _loader(self, items: Iterable[Any], maker: Dataset, device: torch.device | str) -> Iterator[Any]:
+    def _loader(
+        self, items: Iterable[Any], maker: Dataset, device: torch.device | str, *, workers: int | None = None
+    ) -> Iterator[Any]:
         """Makes one batch after the other in worker processes that run ahead, and counts what could not be read."""
         # Processes are not worth starting for one batch.
-        workers = 0 if isinstance(items, list) and len(items) == 1 else self.job.workers
+        one = isinstance(items, list) and len(items) == 1
+        workers = 0 if one else self.job.workers if workers is None else workers
         loader = DataLoader(
             maker,
             batch_size=None,
@@ -290,6 +322,21 @@ class ImageSet:
     def order(self, batch_size: int, seed: int) -> Order:
         """Returns the order in which a run takes the images."""
         return ShuffledOrder(len(self), batch_size, seed)
+
+
+def same_labels(train: ImageSet, test: ImageSet) -> ImageSet:
+    """Numbers the classes of the test images as those of the training images, by their names.
+
+    Words are numbered split by split, so a class that one split lacks would shift the others. Classes that only the
+    test images have come after all others.
+    """
+    ours, theirs = train.class_names, test.class_names
+    if test.labels is None or ours is None or theirs is None or ours == theirs:
+        return test
+    names = [*ours, *(name for name in theirs if name not in set(ours))]
+    place = {name: i for i, name in enumerate(names)}
+    number_K = torch.tensor([place[name] for name in theirs], dtype=torch.int64)
+    return dataclasses.replace(test, labels=number_K[test.labels], class_names=names)
 
 
 def _load(job: DecodeJob, storage: Storage) -> tuple[PixelStore, Any]:
@@ -401,20 +448,17 @@ class _ViewMaker(Dataset):
 
     def _crop(self, plan: ViewPlan, b: int, outs: list[Tensor], failures: dict[int, str]) -> int:
         """Cuts the crops of an image, or of the next one that can be read; returns its place in the set."""
-        place, rows = int(plan.index_B[b]), self.job.rows
+        place = int(plan.index_B[b])
         one = ViewPlan(plan.index_B[b : b + 1], plan.groups)
         if self.store is not None:
             height, width = (int(side) for side in self.store.originals_N2[place])
             _write_crops(cut(Decoded(self.store[place], (height, width)), self.job, one), b, outs)
             return place
-        for i in range(place, place + len(rows)):
-            row = int(rows[i % len(rows)])
-            crops = crop_file(row, self.job.source, self.job, one)
-            if not isinstance(crops, str):
-                _write_crops(crops, b, outs)
-                return i % len(rows)
-            failures[row] = crops
-        raise self.job.too_many(list(failures.values()))
+        crops, place = first_readable(
+            self.job, place, lambda row: crop_file(row, self.job.source, self.job, one), failures
+        )
+        _write_crops(crops, b, outs)
+        return place
 
 
 def _write_crops(crops: list[np.ndarray], b: int, outs: list[Tensor]) -> None:

@@ -24,7 +24,7 @@ _METADATA = (
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".pdf", ".db",
     ".ini", ".log", ".py", ".sh", ".cls", ".lock",
 )  # fmt: skip
-_METADATA_NAMES = ("license", "license", "readme", "copying", "notice", "authors", "citation", "changelog", "makefile")
+_METADATA_NAMES = ("license", "licence", "readme", "copying", "notice", "authors", "citation", "changelog", "makefile")
 _HEIF, _MEDICAL = "pip install pillow-heif reads", "pip install 'hf-ssl-or[medical]' reads"
 _HINTS = {".heic": _HEIF, ".heif": _HEIF, ".dcm": _MEDICAL, ".dicom": _MEDICAL}
 _logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Images that a program holds: PIL images, arrays, or paths."""
+"""Images that a program holds: PIL images, arrays, paths, or encoded bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ListSource:
     """A list of images.
 
     Args:
-        images: PIL images, arrays (H, W) or (H, W, C), tensors, or paths, in any mixture.
+        images: PIL images, arrays (H, W) or (H, W, C), tensors, paths, or encoded bytes, in any mixture.
         labels: Numbers or words, one per image; None for unlabeled images.
         name: What the user calls it.
         class_names: Names of the classes 0, 1, ... if the labels are their numbers.
@@ -45,11 +45,8 @@ class ListSource:
         self.labels, self.class_names = encode_labels(values, class_names)
         digest = hashlib.sha256()
         for i, image in enumerate(self._images):
-            if not isinstance(image, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor):
-                raise InputError(f"{self.describe(i)}: {type(image).__name__} is no PIL image, array or path")
-            if isinstance(image, str) and "://" in image:
-                raise InputError(f"{self.describe(i)}: {image[:200]} is a URL; copy the image here and give its path")
-            _hash_image(digest, image)
+            check_image(image, self.describe(i))
+            hash_image(digest, image)
         self.fingerprint = content_key(digest.hexdigest(), self.labels)
 
     def __len__(self) -> int:
@@ -58,7 +55,7 @@ class ListSource:
     def read(self, i: int) -> Any:
         """Returns image i, or opens it where it is a path."""
         image = self._images[i]
-        return open_image(image) if isinstance(image, str | os.PathLike) else image
+        return open_image(image) if isinstance(image, str | os.PathLike | bytes) else image
 
     def describe(self, i: int) -> str:
         """Says which image i is."""
@@ -67,7 +64,19 @@ class ListSource:
         return f"image {i} of {self.name}{path}"
 
 
-def _hash_image(digest: Any, image: Any) -> None:
+def check_image(image: Any, place: str) -> None:
+    """Refuses what is no image, and no path of one.
+
+    Raises:
+        InputError: It is of another type, or a URL.
+    """
+    if not isinstance(image, str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor):
+        raise InputError(f"{place}: {type(image).__name__} is no PIL image, array or path")
+    if isinstance(image, str) and "://" in image:
+        raise InputError(f"{place}: {image[:200]} is a URL; copy the image here and give its path")
+
+
+def hash_image(digest: Any, image: Any) -> None:
     """Adds what an image looks like; one that cannot be read adds its path."""
     if isinstance(image, str | os.PathLike):
         try:
@@ -75,6 +84,8 @@ def _hash_image(digest: Any, image: Any) -> None:
         except (OSError, ValueError):  # it is counted, and named, when all are decoded
             content = os.fsencode(image)
         kind: Any = "file"
+    elif isinstance(image, bytes):
+        content, kind = image, "bytes"
     elif isinstance(image, Image.Image):
         try:
             content = image.tobytes()

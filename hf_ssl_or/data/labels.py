@@ -64,3 +64,18 @@ def choose_rows(labels: np.ndarray | None, n: int, fraction: float, seed: int) -
         place = (np.arange(n) - np.repeat(start, count) + 0.5) / np.repeat(count, count)
         order = order[np.argsort(place, kind="stable")]
     return np.sort(order[: max(1, round(fraction * n))])
+
+
+def hold_out(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Parts labeled images into those of a fit and those of its test, class by class, the same in every run.
+
+    Args:
+        labels: int64, (n,).
+        share: Share of the images that is tested on.
+
+    Returns:
+        Rows of both; None if those of the fit would be of one class: there is nothing to tell apart.
+    """
+    test_rows = choose_rows(labels, len(labels), share, seed=0)
+    train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
+    return None if len(np.unique(labels[train_rows])) < 2 else (train_rows, test_rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,14 +13,17 @@ from torch import Tensor
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, check_channels
 from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.own_views import OwnPlan, OwnViews
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
+
+View = ViewSpec | Callable[[Tensor], Tensor]
 
 
 class ViewLoader:
     """Yields each step's views to one process of a run.
 
-    An epoch takes the images in an order keyed by (seed, epoch), see `data.order`, in global batches; an incomplete
+    An epoch takes the images in an order keyed by (seed, epoch), see `data.sampling`, in global batches; an incomplete
     last one is dropped. Process r takes the r-th contiguous part of each global batch. So the processes' batches
     together are the single process's batch, whatever their number, and any step can be the first after a restart.
 
@@ -26,8 +31,8 @@ class ViewLoader:
 
     Args:
         images: The set.
-        views: Global views, at least two.
-        local_views: Smaller views, or none.
+        views: Global views, at least one: specs, or functions that make a view of an image, see `own_views`.
+        local_views: Smaller views, likewise, or none.
         batch_size: Images per step over all processes.
         seed: Seed of the run.
         device: Where the views are wanted.
@@ -40,15 +45,16 @@ class ViewLoader:
         wait_s: Seconds that the consumer has waited for batches in total (on a GPU: the host's part).
 
     Raises:
-        InputError: The batch does not fit the set or the processes, there is no view, or one needs other channels.
+        InputError: The batch does not fit the set or the processes, there is no view, one needs other channels, or a
+            function makes something else than one view of an image.
     """
 
     def __init__(
         self,
         images: ImageSet,
-        views: Sequence[ViewSpec],
+        views: Sequence[View],
         *,
-        local_views: Sequence[ViewSpec] = (),
+        local_views: Sequence[View] = (),
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
@@ -57,13 +63,17 @@ class ViewLoader:
         prefetch: bool = True,
     ) -> None:
         _check(len(images), images.name, len(views), batch_size, world_size)
-        if (problem := check_channels([*views, *local_views], images.preprocessing.num_channels)) is not None:
+        lists = [_ViewList(views, 0)] + ([_ViewList(local_views, len(views))] if local_views else [])
+        specs = [spec for views in lists for spec in views.specs]
+        if (problem := check_channels(specs, images.preprocessing.num_channels)) is not None:
             raise InputError(f"views: {problem}")
         self.device = torch.device(device)
         self.images = images
         self.views, self.local_views = tuple(views), tuple(local_views)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self._lists = lists
+        self._own = [_own_views(views, images, seed) for views in lists if views.functions]
         self._order = images.order(batch_size, seed)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.wait_s = 0.0
@@ -87,19 +97,39 @@ class ViewLoader:
 
     def _render(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         steps = range(start_step, stop_step)
-        for step, rendered in zip(steps, self.images.views(map(self._plan, steps), self.device), strict=True):
-            yield self._batch(step, *rendered)
+        plans = map(self._plan, steps)
+        rendered = self._with_own(steps) if self._own else self.images.views(plans, self.device)
+        for step, (views, index_B) in zip(steps, rendered, strict=True):
+            yield self._batch(step, views, index_B)
 
     def _plan(self, step: int) -> ViewPlan:
-        groups = [(self.views, 0)] + ([(self.local_views, len(self.views))] if self.local_views else [])
         epoch, size = step // self.steps_per_epoch, self.images.image_size
         return ViewPlan(
             self.indices(step),
             tuple(
-                ViewGroup(specs=specs, size=size, seed=self.seed, epoch=epoch, first_view=first)
-                for specs, first in groups
+                ViewGroup(specs=views.specs, size=size, seed=self.seed, epoch=epoch, first_view=views.first)
+                for views in self._lists
+                if views.specs
             ),
         )
+
+    def _with_own(self, steps: range) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """Yields views of which functions make some: these come first, then those of specs, of the same images."""
+        own_plans = (OwnPlan(self.indices(step), step // self.steps_per_epoch) for step in steps)
+        own = self.images.own_views(own_plans, self._own, self.device)
+        if not any(views.specs for views in self._lists):
+            yield from own
+            return
+        waiting: deque[list[Tensor]] = deque()
+
+        def plans() -> Iterator[ViewPlan]:
+            for step, (made, index_B) in zip(steps, own, strict=True):
+                waiting.append(made)
+                yield replace(self._plan(step), index_B=index_B)
+
+        for rendered, index_B in self.images.views(plans(), self.device):
+            specs, made = iter(rendered), iter(waiting.popleft())
+            yield [views.joined(specs, made) for views in self._lists], index_B
 
     def _batch(self, step: int, views: list[Tensor], index_B: np.ndarray) -> MultiViewBatch:
         labels, index = self.images.labels, torch.from_numpy(index_B.astype(np.int64))
@@ -126,6 +156,49 @@ class ViewLoader:
             if batch is None:
                 return
             waiting = batch, done
+
+
+class _ViewList:
+    """Views of one size, in order: which are specs, which are functions.
+
+    Args:
+        views: The views.
+        first: Number of the first.
+    """
+
+    def __init__(self, views: Sequence[View], first: int) -> None:
+        self.first, self._are_specs = first, [isinstance(view, ViewSpec) for view in views]
+        self.specs = tuple(view for view in views if isinstance(view, ViewSpec))
+        self.functions = {i: view for i, view in enumerate(views, start=first) if not isinstance(view, ViewSpec)}
+        for i, view in self.functions.items():
+            if not callable(view):
+                raise InputError(f"views: view {i} is a {type(view).__name__}; give a ViewSpec, or a function")
+
+    def joined(self, specs: Iterator[Tensor], made: Iterator[Tensor]) -> Tensor:
+        """Takes the list's views from those of specs and those of functions, (V, B, C, H, W) each, in its order."""
+        if not self.functions or not self.specs:
+            return next(specs if self.specs else made)
+        parts = {True: iter(next(specs)), False: iter(next(made))}
+        return torch.stack([next(parts[is_spec]) for is_spec in self._are_specs])
+
+
+def _own_views(views: _ViewList, images: ImageSet, seed: int) -> OwnViews:
+    """Tries the functions of a list on an image."""
+    own = OwnViews(
+        list(views.functions.values()),
+        list(views.functions),
+        seed=seed,
+        preprocessing=images.preprocessing,
+        trial_HWC=images.full_image(0),
+    )
+    if views.specs:
+        size = views.specs[0].size or images.image_size
+        if own.size != (size, size):
+            raise InputError(
+                f"views: functions make views of {own.size[0]} x {own.size[1]} pixels, specs of {size} x {size}; all "
+                "views of a list have one size"
+            )
+    return own
 
 
 def _hand_over(batch: MultiViewBatch, done: torch.cuda.Event, stream: torch.cuda.Stream) -> MultiViewBatch:

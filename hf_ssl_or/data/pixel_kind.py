@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,9 +162,13 @@ def kept_dtype(preprocessing: Preprocessing, kind: PixelKind) -> str:
     return "float32" if kind.dtype == "uint8" else kind.dtype
 
 
-def default_bound(image_size: int, views: Sequence[ViewSpec] = (ViewSpec(),)) -> int:
-    """Returns the shorter side from which the median crop of every view has as many pixels as the view."""
-    sides = [(spec.size or image_size) / math.sqrt(sum(spec.crop_scale) / 2) for spec in views]
+def default_bound(image_size: int, views: Sequence[ViewSpec | Callable] = (ViewSpec(),)) -> int:
+    """Returns the shorter side from which the median crop of every view has as many pixels as the view.
+
+    A function that makes views counts as the default spec.
+    """
+    specs = [view if isinstance(view, ViewSpec) else ViewSpec() for view in views]
+    sides = [(spec.size or image_size) / math.sqrt(sum(spec.crop_scale) / 2) for spec in specs]
     return max(image_size, math.ceil(max(sides)))
 
 

@@ -9,7 +9,8 @@ from datasets import data_files
 
 # Split -> words that stand for it. Sets such as STL-10 have images without labels beside the library's three splits.
 _KEYWORDS = {str(split): tuple(words) for split, words in data_files.SPLIT_KEYWORDS.items()}
-_UNLABELED = {"unlabeled": ("unlabeled", "unlabeled")}
+_UNLABELED = {"unlabeled": ("unlabeled", "unlabelled")}
+TEST_SPLITS = ("test", "validation", "valid", "val")  # those that are tested on, best first
 SPLITS = (*_KEYWORDS, *_UNLABELED)
 _WORDS = {word: split for split, words in (_KEYWORDS | _UNLABELED).items() for word in words}
 _NONE: frozenset[str] = frozenset()

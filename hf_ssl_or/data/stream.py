@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
 from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
 from hf_ssl_or.data.image_dataset import ImageSet, Rendered, Storage, crop_file, empty_crops, render_groups
+from hf_ssl_or.data.own_views import OwnPlan, OwnViews, render_all
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
     default_bound,
@@ -250,6 +251,26 @@ class StreamingImageSet(ImageSet):
             return (outs, plan.index_B), fill
 
         yield from self._decode(plans, lambda plan: plan.index_B, begin)
+
+    def own_views(
+        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    ) -> Iterator[Rendered]:
+        """Yields the views that own functions make; they are called in this process, which owns its random states."""
+
+        def begin(plan: OwnPlan) -> tuple[tuple[list[Any], OwnPlan], Fill]:
+            images: list[Any] = [None] * len(plan.index_B)
+
+            def fill(b: int, reader: Reader, place: int) -> str | None:
+                image = decode(reader, place, self.job)
+                if isinstance(image, str):
+                    return image
+                images[b] = image.pixels
+                return None
+
+            return (images, plan), fill
+
+        for images, plan in self._decode(plans, lambda plan: plan.index_B, begin):
+            yield self._normalized(render_all(images, plan, lists), device), plan.index_B
 
     def _decode(
         self, items: Iterable[Any], index_of: Callable[[Any], np.ndarray], begin: Callable[[Any], tuple[Any, Fill]]

@@ -180,6 +180,12 @@ def clean_views(squares_BHWC: Tensor, preprocessing: Preprocessing) -> Tensor:
     return normalize_pixels(x_BCHW, preprocessing.mean, preprocessing.std)
 
 
+def normalize_views(views_VBCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalizes views with values in [0, 1], without waiting for the device."""
+    scale, shift = _normalization(preprocessing.mean, preprocessing.std, views_VBCHW.device)
+    return torch.addcmul(shift, views_VBCHW, scale)
+
+
 def _render(images_NHWC: Tensor, plan: _Plan, size: int, blur_radius: int, preprocessing: Preprocessing) -> Tensor:
     """Returns the views of `plan`, in its order, in [0, 1]."""
     device, channels = images_NHWC.device, images_NHWC.shape[-1]

@@ -7,20 +7,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.image_dataset import ImageSet
-from hf_ssl_or.data.labels import choose_rows
+from hf_ssl_or.data.image_dataset import ImageSet, same_labels
+from hf_ssl_or.data.labels import hold_out
 from hf_ssl_or.data.loading import load_images, public_name
 from hf_ssl_or.data.sources import list_splits, load_source
+from hf_ssl_or.data.splits import TEST_SPLITS
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
 
-_HOLDOUT_SEED = 0
 _LEAST_BANK = 20  # images that kNN asks for at least
-_TEST_SPLITS = ("test", "validation", "valid", "val")
 _logger = logging.getLogger(__name__)
 
 
@@ -73,16 +69,15 @@ def _held_out(
         if required:
             raise _unlabeled(data, data.train_split)
         return None
-    test_rows = choose_rows(labels, len(labels), float(data.holdout), _HOLDOUT_SEED)
-    train_rows = np.setdiff1d(np.arange(len(labels)), test_rows)
-    least = 1 if required else _LEAST_BANK
-    if len(np.unique(labels[train_rows])) < 2 or len(train_rows) < least:  # of one class there is nothing to tell
+    parts = hold_out(labels, float(data.holdout))
+    if parts is None or (not required and len(parts[0]) < _LEAST_BANK):
         if required:
             raise InputError(
                 f"{data.dataset}: has no split {data.test_split!r}, and its {len(labels)} images are too few, or of "
                 "too few classes, to hold some out for the test"
             )
         return None
+    train_rows, test_rows = parts
     _logger.warning(
         "%s has no split %r: probes are tested on %d of its %d training images, held out from their fit by a seed "
         "(data.holdout=%g); pretraining sees them, without labels",
@@ -99,21 +94,6 @@ def _unlabeled(data: DataArguments, split: str) -> InputError:
     )
 
 
-def same_labels(train: ImageSet, test: ImageSet) -> ImageSet:
-    """Numbers the classes of the test images as those of the training images, by their names.
-
-    Words are numbered split by split, so a class that one split lacks would shift the others. Classes that only the
-    test images have come after all others.
-    """
-    ours, theirs = train.class_names, test.class_names
-    if test.labels is None or ours is None or theirs is None or ours == theirs:
-        return test
-    names = [*ours, *(name for name in theirs if name not in set(ours))]
-    place = {name: i for i, name in enumerate(names)}
-    number_K = torch.tensor([place[name] for name in theirs], dtype=torch.int64)
-    return replace(test, labels=number_K[test.labels], class_names=names)
-
-
 def find_dataset(name: str) -> str:
     """Finds a data set by its name in the folder `$HF_SSL_OR_DATA`; any other name stays as it is."""
     folder = os.environ.get("HF_SSL_OR_DATA")
@@ -125,5 +105,5 @@ def find_dataset(name: str) -> str:
 def find_test_split(data: DataArguments) -> DataArguments:
     """Takes the validation split for the test split where a data set has only that."""
     splits = list_splits(data)
-    known = [name for name in _TEST_SPLITS if name in splits]
+    known = [name for name in TEST_SPLITS if name in splits]
     return data if data.test_split in splits or not known else replace(data, test_split=known[0])
