@@ -164,7 +164,7 @@ def lines_of(encoder: Any, folder: Path) -> dict[str, list[str]]:
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
+    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a if a[key].numel())
 
 
 def row_of(name: str, make: Callable[[], nn.Module], root: Path) -> tuple[common.Row, dict[str, Any]]:
