@@ -130,7 +130,7 @@ def test_images_that_are_decoded_in_each_step(tmp_path):
     images = load_dataset_object(tmp_path, DataArguments(dataset="-", image_size=8, num_workers=1, max_corrupt=0.2))
     views = [lambda x: x, ViewSpec(crop_scale=(1, 1))]
     wanted = batches(images, views, stop=1, batch_size=9)[0]
-    images = dataclasses.replace(images, whole=None, whole_storage=Storage("on_the_fly"), _on_device={})
+    images = dataclasses.replace(images, full=None, full_storage=Storage("on_the_fly"), _on_device={})
     found = batches(images, views, stop=1, batch_size=9)[0]
     assert torch.equal(wanted.views_VBCHW[0], found.views_VBCHW[0]) and torch.equal(wanted.index_B, found.index_B)
     (tmp_path / "4.png").write_bytes(b"")
