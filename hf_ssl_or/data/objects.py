@@ -90,14 +90,14 @@ def load_eval_object(
         dataset: A tuple (train, test) of what `load_dataset_object` takes; something with splits, of which the test
             split, or else the validation split, is taken; or one set. Without a test split, a share of the images
             (`data.holdout`), chosen class by class by a seed, is tested on.
-        arguments: Settings of the data; all images are used, whatever the `fraction`.
+        arguments: Settings of the data; all images are used, whatever the `fraction`, and none is streamed.
         num_channels: Channels that the encoder takes.
         like: How pixels are treated; None measures it on the training images.
 
     Raises:
         InputError: There are no labels, or too few images to hold some out.
     """
-    arguments = replace(arguments, fraction=1.0)
+    arguments = replace(arguments, fraction=1.0, streaming=False)
     is_pair = isinstance(dataset, tuple) and len(dataset) == 2
     train_part, test_part = dataset if is_pair else (dataset, dataset)
     train_split, test_split = arguments.train_split, _test_split(test_part, arguments)

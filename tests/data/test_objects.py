@@ -311,7 +311,7 @@ def test_evaluation_takes_splits_pairs_or_one_set(tmp_path):
     named = table().map(lambda row: {"label": "xabc"[row["label"] + 1]})
     splits = datasets.DatasetDict({"train": named, "validation": other})
     for given in (splits, (named, other), (named, load(other))):
-        train, test = load_eval_object(given, arguments())
+        train, test = load_eval_object(given, arguments(streaming=True))
         assert (len(train), len(test)) == (N, 6) and test.preprocessing == train.preprocessing
         assert test.labels.tolist() == LABELS[:6] and test.class_names == train.class_names == ["a", "b", "c"]
     train, test = load_eval_object(Items(pairs()), arguments(holdout=0.25))
