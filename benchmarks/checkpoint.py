@@ -18,9 +18,9 @@ import torch
 from common import Row, Table, clocked, medians, parser, prepare, write
 from ours import build_trainer, noise_images, stepper
 
+from hf_ssl_or.callbacks.checkpoints import BackgroundSaver
 from hf_ssl_or.training.checkpoint import CheckpointStore, optimizer_tensors
 from hf_ssl_or.training.optim import OptimizerArguments
-from hf_ssl_or.training.saving import BackgroundSaver
 
 COLUMNS = {
     "encoder": ("encoder", ""),

@@ -43,8 +43,8 @@ from torchvision.transforms import v2
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loader import ViewLoader
 from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.structures import ViewSpec
-from hf_ssl_or.training.log import read_metrics
 
 VIEWS = [ViewSpec(), ViewSpec()]
 COLUMNS = {
@@ -262,7 +262,7 @@ def waiting(folder: Path, args: argparse.Namespace) -> Row:
     run = {"max_steps": 6, "log_every": 3, "monitor_every": 0, "save_every": 10**6}
     trainer = build_trainer("barlow_twins", "slim", images, args.batch, device=torch.device(args.device), **run)
     trainer.train()
-    last = [line for line in read_metrics(trainer.run_dir / "metrics.jsonl") if line["kind"] == "train"][-1]
+    last = [line for line in read_metrics(trainer.run_dir / "metrics.jsonl").lines if line["kind"] == "train"][-1]
     return {"name": "waiting for views, % of a run", "ours": last["data_wait_percent"]}
 
 

@@ -69,7 +69,7 @@ def build_trainer(
     """
     kind = get_method(method)
     known = {field.name for field in dataclasses.fields(kind.config_class)}
-    config = kind.config_class(**{key: value for key, value in (settings or {}).items() if key in known})
+    own = {key: value for key, value in (settings or {}).items() if key in known}
     run_dir = tempfile.mkdtemp(prefix="hf-ssl-or-bench-")
     atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
     net = create_encoder(**ENCODERS[encoder], image_size=images.image_size)
@@ -79,14 +79,14 @@ def build_trainer(
         "monitor_every": 0,
     }
     return SSLTrainer(
-        kind(net, config, num_views=views, batch_size=batch),
+        kind(net, **own),
         SSLTrainingArguments(
+            output_dir=run_dir,
             batch_size=batch,
             device="auto" if device is not None and device.type == "cuda" else "cpu",
             **{**defaults, **arguments},
         ),
         images,
-        run_dir,
         views=[spec or ViewSpec()] * views,
         orthogonality=OrthogonalityConfig(penalty=penalty, weight=1e-6) if penalty != "none" else None,
     )

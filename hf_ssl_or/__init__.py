@@ -12,9 +12,10 @@ from typing import Any
 
 _HOMES = {
     "models.auto": ("create_encoder", "list_encoders"),
-    "models.configuration_ssl": ("OrthogonalityConfig", "SSLResNetConfig", "SSLViTConfig"),
+    "models.configuration_ssl": ("OrthogonalityConfig", "SSLResNetConfig", "SSLTimmConfig", "SSLViTConfig"),
     "models.image_processing_ssl": ("SSLImageProcessor",),
     "models.modeling_ssl_resnet": ("SSLResNetBackbone", "SSLResNetForImageClassification", "SSLResNetModel"),
+    "models.modeling_ssl_timm": ("SSLTimmBackbone", "SSLTimmForImageClassification", "SSLTimmModel"),
     "models.modeling_ssl_vit": ("SSLViTBackbone", "SSLViTForImageClassification", "SSLViTModel"),
     "embedding": ("embed",),
     "methods": ("available_methods", "get_method"),
@@ -23,6 +24,7 @@ _HOMES = {
     "training.trainer": ("SSLTrainer",),
     "recipe": ("Recipe", "load_recipe"),
     "run": ("pretrain",),
+    "structures": ("ViewSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

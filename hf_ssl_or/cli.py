@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_ssl_or.errors import InputError, NonFiniteLossError, unknown
+from hf_ssl_or.habits import HABITS
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
@@ -121,9 +122,7 @@ def _add_embed(verbs: argparse._SubParsersAction) -> None:
     embed.add_argument("--batch-size", type=int, default=256, help="images per forward pass (default: 256)")
     embed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16 encodes under autocast")
     embed.add_argument("--num-workers", type=int, help="threads or processes that decode, as data.num_workers")
-    embed.add_argument(
-        *("--neighbors", "--neighbors"), type=_count, default=0, metavar="K", help="add the K nearest of each image"
-    )
+    embed.add_argument("--neighbors", type=_count, default=0, metavar="K", help="add the K nearest of each image")
     embed.add_argument(
         "--duplicates",
         nargs="?",
@@ -284,15 +283,23 @@ def _dispatch(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     late = [text for text in rest if "=" in text and not text.startswith("-")]  # overrides that come after an option
     if len(late) < len(rest) or (late and "overrides" not in arguments):
-        parser.error(
-            f"unrecognized arguments: {' '.join(text for text in rest if text not in late) or ' '.join(late)}"
-        )
+        parser.error(_unrecognized([text for text in rest if text not in late] or late))
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     if arguments.verb is None:
         parser.print_help()
         return 0
     return verbs[arguments.verb](arguments)
+
+
+def _unrecognized(texts: list[str]) -> str:
+    """Says what could not be read; of an option that other programs have, say --epochs 5, how it is set here."""
+    for text in texts:
+        habit = HABITS.get(text.removeprefix("--").partition("=")[0].replace("-", "_"))
+        if text.startswith("--") and habit is not None:
+            setting, _, note = habit.partition(" ")
+            return f"unrecognized argument {text}: write {setting.rstrip(':')}=... {note}".rstrip()
+    return f"unrecognized arguments: {' '.join(texts)}"
 
 
 # The heavy imports (torch, transformers) stay inside the verbs, so that --help and a mistyped verb answer at once.
@@ -332,18 +339,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_evaluate(arguments, encoders)
     warnings.showwarning = lambda message, *_, **__: print(f"hf-ssl-or: warning: {message}", file=sys.stderr)
     if arguments.select:
-        from hf_ssl_or.run import select
+        from hf_ssl_or.evaluate import select
 
         print_choice(select(Path(encoders[0]), arguments.select, output=arguments.output), arguments.output)
     elif arguments.datasets:
-        from hf_ssl_or.run import transfer
+        from hf_ssl_or.evaluate import transfer
 
         tell = functools.partial(print, file=sys.stderr, flush=True)
         datasets = arguments.datasets.split(",")
         results = transfer(encoders, datasets, overrides, protocols=protocols, output=arguments.output, report=tell)
         print_transfer(results, markdown=arguments.markdown)
     else:
-        from hf_ssl_or.run import evaluate
+        from hf_ssl_or.evaluate import evaluate
 
         print_evaluation(
             evaluate(encoders[0], overrides, dataset=arguments.dataset, protocols=protocols, output=arguments.output)
@@ -389,8 +396,8 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    from hf_ssl_or.preview import plot_preview
     from hf_ssl_or.recipe import load_recipe
+    from hf_ssl_or.report.preview import plot_preview
     from hf_ssl_or.run import load_training_images, view_specs
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -14,29 +14,33 @@ def cpu_is_forced() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").strip().lower() not in _OFF
 
 
-def refuse_launcher_settings(*, device: str, mixed_precision: str = "no", accumulation_steps: int = 1) -> None:
+def refuse_launcher_settings(
+    *, device: str, mixed_precision: str | None = "no", accumulation_steps: int | None = 1
+) -> None:
     """Refuses what accelerate would take from the environment beside the recipe; the defaults of a launcher pass.
 
     Args:
         device: Type of the device that the recipe takes, say "cuda".
-        mixed_precision: The recipe's.
-        accumulation_steps: The recipe's.
+        mixed_precision: The recipe's; None where the environment's is not read.
+        accumulation_steps: The recipe's; None likewise.
 
     Raises:
         InputError: A variable asks for something that the recipe does not.
     """
-    steps = {"1", str(accumulation_steps)}
     recipe: dict[str, tuple[str, set[str]]] = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("training.forward_chunks", steps),
-        "ACCELERATE_MIXED_PRECISION": ("training.mixed_precision", {mixed_precision}),
         "ACCELERATE_DOWNCAST_BF16": ("training.mixed_precision", set()),
         "ACCELERATE_DYNAMO_BACKEND": ("training.compile", set()),
         "ACCELERATE_TORCH_DEVICE": ("training.device", {device}),
-        "ACCELERATE_USE_FSDP": ("training.sharding", set()),
-        "ACCELERATE_USE_DEEPSPEED": ("training.sharding", set()),
-        "ACCELERATE_USE_MEGATRON_LM": ("training.sharding", set()),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.sharding", set()),
+        "ACCELERATE_USE_FSDP": ("training.fsdp", set()),
+        "ACCELERATE_USE_DEEPSPEED": ("training.fsdp", set()),
+        "ACCELERATE_USE_MEGATRON_LM": ("training.fsdp", set()),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": ("training.fsdp", set()),
     }
+    if accumulation_steps is not None:
+        steps = {"1", str(accumulation_steps)}
+        recipe["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = ("training.forward_chunks", steps)
+    if mixed_precision is not None:
+        recipe["ACCELERATE_MIXED_PRECISION"] = ("training.mixed_precision", {mixed_precision})
     for name, (key, values) in recipe.items():
         value = os.environ.get(name, "").strip()
         if value.lower().partition(":")[0] not in _OFF | values:  # "cuda:1" is a "cuda"

@@ -9,7 +9,6 @@ written into the run's folder.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import types
 import typing
@@ -28,9 +27,10 @@ from hf_ssl_or.evaluation.evaluator import EvaluationArguments
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.whitening import WhiteningConfig
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
-from hf_ssl_or.settings import settings
+from hf_ssl_or.settings import settings, unknown_setting
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.arguments import SSLTrainingArguments
+from hf_ssl_or.training.description import plain
 
 
 @settings
@@ -110,18 +110,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the resolved recipe as plain data, as it would be written in YAML."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        plain["method"] = {"name": plain.pop("method_name"), **plain["method"]}
-        return plain
-
-    def identity(self) -> dict[str, Any]:
-        """Returns the part that decides the weights: what only logs, saves, stores or evaluates is left out."""
-        plain = self.to_dict()
-        plain["data"]["original_resolution"] = self.data.cache == "none"  # views are cut from larger images then
-        for section, keys in _NO_INFLUENCE.items():
-            for key in keys:
-                plain[section].pop(key)
-        return {key: plain[key] for key in _IDENTITY}
+        values = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values["method"] = {"name": values.pop("method_name"), **values["method"]}
+        return values
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Returns a recipe with dotted settings replaced, say "training.epochs=5"."""
@@ -132,14 +123,6 @@ class Recipe:
 
 
 _MOST_VALUES, _MOST_NESTED = 10_000, 20
-_IDENTITY = ("data", "encoder", "method", "feature_whitening", "views", "orthogonality", "training")
-_NO_INFLUENCE = {
-    "data": ("cache", "cache_dir", "num_workers"),
-    "training": (
-        *("log_every", "monitor_every", "monitor_images", "save_every", "save_steps", "keep_last", "keep_best"),
-        *("trackers", "forward_chunks", "gradient_checkpointing", "sharding", "push", "push_to"),
-    ),
-}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -162,13 +145,18 @@ def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Builds a recipe from plain data, as `Recipe.to_dict` gives it; `source` names it in errors."""
     _check_plain(tree, source)
     tree = dict(tree)
+    if objects := tree.pop("objects", None):
+        raise InputError(
+            f"{source}: its run was made from Python objects ({', '.join(map(str, objects))}), which no recipe holds; "
+            "continue it in Python: train(resume_from_checkpoint=True)"
+        )
     if tree.get("data") is None:
         raise InputError(f"{source}: the key data is missing; say which images, for example data: {{dataset: shapes}}")
     hints = typing.get_type_hints(Recipe)
     known = set(hints) - {"method_name"}
     for key in tree:
         if key not in known:
-            raise _in(source, unknown("key", str(key), known))
+            raise _in(source, unknown_setting("key", str(key), list(known)))
     values: dict[str, Any] = {}
     for key in tree.keys() - {"method"}:
         if tree[key] is not None:
@@ -184,20 +172,6 @@ def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     return Recipe(**values)
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe as YAML that `load_recipe` reads back; a kill leaves the old file or the new one.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=119))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From plain data to typed settings
 
@@ -208,7 +182,7 @@ def _build(cls: type, tree: Any, path: str, source: str) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in names:
-            raise _in(source, unknown(f"key in {path}", str(key), names))
+            raise _in(source, unknown_setting(f"key in {path}", str(key), list(names)))
     values = {key: _convert(hints[key], value, f"{path}.{key}", source) for key, value in tree.items()}
     try:
         for key, value in values.items():  # before the class's own checks, which compare numbers
@@ -270,14 +244,6 @@ def _check_plain(tree: Any, source: str) -> None:
             check(item, f"{path}.{key}" if path else str(key), (*within, id(value)))
 
     check(tree, "", ())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

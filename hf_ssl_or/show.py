@@ -1,4 +1,4 @@
-"""What a finished run prints: accuracies beside their baselines, signs of collapse, and how to load the encoder."""
+"""What a finished run prints: accuracies beside their baselines, label-free measures, and how to load the encoder."""
 
 from __future__ import annotations
 
@@ -11,27 +11,15 @@ from rich.table import Table
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import describe_images
 from hf_ssl_or.evaluation.transfer import markdown_table, table_rows
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.labels import baseline_label, metric_label
+from hf_ssl_or.runs.results import Collapse, EncoderResults, Evaluation, Results
 from hf_ssl_or.training.checkpoint_choice import Choice
 
 LOAD = """\
 from transformers import AutoModel
 import hf_ssl_or  # or, without this package: AutoModel.from_pretrained(..., trust_remote_code=True)
 encoder = AutoModel.from_pretrained("{folder}")"""
-
-COLLAPSE_MEANINGS = {
-    "rankme": "RankMe (higher: more dimensions in use)",
-    "effective_rank": "effective rank",
-    "participation_ratio": "participation ratio",
-    "alpha_req": "alpha-ReQ (near 1 is good)",
-    "nesum": "NESum",
-    "stable_rank": "stable rank",
-    "feature_std": "feature standard deviation",
-    "unit_std_relative": "spread of unit-length features (1: in all directions alike)",
-    "dead_dimensions": "dimensions that never vary",
-    "lidar": "LiDAR (higher is better)",
-    "alignment": "alignment (lower: views closer)",
-    "uniformity": "uniformity (lower: spread more evenly)",
-}
 
 
 def print_start(images: ImageSet) -> None:
@@ -41,22 +29,22 @@ def print_start(images: ImageSet) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def print_results(results: dict[str, Any], folder: Path) -> None:
+def print_results(results: Results, folder: Path) -> None:
     """Prints the results of a run."""
     console = Console(highlight=False)
     print_evaluation(results, console)
     console.print("\nLoad it:")
-    console.print(LOAD.format(folder=folder / "encoder"), markup=False, soft_wrap=True)
+    console.print(LOAD.format(folder=folder / layout.ENCODER), markup=False, soft_wrap=True)
 
 
-def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
-    """Prints accuracies and collapse measures of `results.json`."""
+def print_evaluation(results: Results | EncoderResults, console: Console | None = None) -> None:
+    """Prints accuracies and label-free measures."""
     console = console or Console(highlight=False)
-    if results["evaluations"]:
-        console.print(_accuracies(results["evaluations"], results.get("baselines", {})))
+    if results.evaluations:
+        console.print(_accuracies(results))
     else:
         console.print("No labels: only label-free measures. Set evaluation_data to evaluate with kNN and probes.")
-    console.print(_collapse(results["collapse"]))
+    console.print(_collapse(results.collapse))
 
 
 def print_transfer(results: dict[str, Any], *, markdown: bool = False) -> None:
@@ -93,35 +81,30 @@ def print_choice(choice: Choice, folder: Path | None) -> None:
         console.print(LOAD.format(folder=folder), markup=False, soft_wrap=True)
 
 
-def _accuracies(evaluations: list[dict[str, Any]], baselines: dict[str, Any]) -> Table:
+def _accuracies(results: Results | EncoderResults) -> Table:
     table = Table(title="Accuracy on the test images, %")
     table.add_column("protocol")
     table.add_column("measure")
-    for name in ("encoder", *baselines):
-        table.add_column({"untrained": "untrained encoder", "pixels": "raw pixels"}.get(name, name), justify="right")
-    for entry in evaluations:
-        for measure, value in entry["metrics"].items():
-            if measure.startswith("train_"):
-                continue
-            spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
-            others = [_baseline(baselines[name], entry["protocol"], measure) for name in baselines]
-            table.add_row(entry["protocol"], measure, f"{value['mean']:.2f}{spread}", *others)
+    baselines = list(results.baselines) if isinstance(results, Results) else []
+    for name in ("encoder", *(baseline_label(name).lower() for name in baselines)):
+        table.add_column(name, justify="right")
+    for entry in results.evaluations:
+        for measure, value in entry.test_metrics():
+            others = [_baseline(results, name, entry, measure) for name in baselines]
+            table.add_row(entry.protocol, metric_label(measure).name, value.describe(), *others)
     return table
 
 
-def _baseline(entries: list[dict[str, Any]], protocol: str, measure: str) -> str:
-    for entry in entries:
-        if entry["protocol"] == protocol:
-            return f"{entry['metrics'][measure]['mean']:.2f}"
-    return ""
+def _baseline(results: Results | EncoderResults, name: str, entry: Evaluation, measure: str) -> str:
+    found = results.baseline(name, entry, measure) if isinstance(results, Results) else None
+    return "" if found is None else f"{found.mean:.2f}"
 
 
-def _collapse(measures: dict[str, Any]) -> Table:
-    table = Table(title=f"Collapse, {measures['samples']:.0f} images, {measures['dimension']:.0f} dimensions")
+def _collapse(collapse: Collapse) -> Table:
+    table = Table(title=f"Label-free measures of {collapse.samples} images, {collapse.dimension} features")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    for name, meaning in COLLAPSE_MEANINGS.items():
-        if name in measures:
-            table.add_row(meaning, f"{measures[name]:.3f}")
-    table.caption = "\n".join(measures.get("notes", []))  # which measures are undefined, and why
+    for name, value in collapse.measures.items():
+        table.add_row(metric_label(name).title, f"{value:.4g}")
+    table.caption = "\n".join(collapse.notes)  # which measures are undefined, and why
     return table

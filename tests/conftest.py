@@ -23,7 +23,7 @@ FIRST = [
     "elastic",
     "clients",
     "push",
-    "sharding",
+    "fsdp",
 ]
 FIRST += ["embedding", "html", "worked_scripts", "regularizer", "foreign_models"]
 

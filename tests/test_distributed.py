@@ -23,17 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_ssl_or import distributed
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.structures import MultiViewBatch
 
 N, STEPS = 16, 2  # images of the global batch, optimizer steps
 WORLDS = (2, 4)
 
 
-class Encoder(nn.Module):
+class Encoder(SSLModel):
     """Two blocks with batch norm and in-place activations."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without timm's net
         layers: list[nn.Module] = []
         for width in (3, 8):
             layers += [nn.Conv2d(width, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
@@ -115,8 +116,8 @@ def training(
 ) -> dict[str, Tensor]:
     """Losses, gradients and the state after steps of a method under DDP."""
     torch.manual_seed(0)
-    config = get_method(name).config_class(**small_settings(name) | settings)
-    method = get_method(name)(make_encoder(), config, num_views=views, batch_size=N)
+    method = get_method(name)(make_encoder(), **small_settings(name) | settings)
+    method.prepare(num_views=views, batch_size=N)
     distributed.use_global_batch_norm(method.double().train(), N // distributed.world_size() if per_view else None)
     method.prepare_chunks(chunks)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)

@@ -8,7 +8,7 @@ import torch.nn.parallel
 import torch.utils.tensorboard
 
 import hf_ssl_or.cli
-import hf_ssl_or.preview
+import hf_ssl_or.report.preview
 import hf_ssl_or.run
 import hf_ssl_or.show
 from hf_ssl_or.hub.redaction import mask

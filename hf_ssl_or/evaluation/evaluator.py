@@ -1,4 +1,4 @@
-"""The named protocols, and the driver that evaluates an encoder by them."""
+"""Evaluates an encoder by any number of protocols."""
 
 from __future__ import annotations
 
@@ -13,37 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.data.image_dataset import ImageSet
-from hf_ssl_or.errors import InputError, unknown
+from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.protocols.base import NEEDS_LABELS, OnImages, Protocol
-from hf_ssl_or.evaluation.protocols.few_shot import FEW_SHOT_PROTOCOLS
-from hf_ssl_or.evaluation.protocols.fine_tune import FINE_TUNE_PROTOCOLS
-from hf_ssl_or.evaluation.protocols.knn import KNN_PROTOCOLS
-from hf_ssl_or.evaluation.protocols.linear_probe import LINEAR_PROTOCOLS
-from hf_ssl_or.models.modeling_ssl import SSLModel
+from hf_ssl_or.evaluation.protocols import Protocol, get_protocol, resolve_protocols
+from hf_ssl_or.evaluation.protocols.base import NEEDS_LABELS, OnImages, labeled
 from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import ViewSpec
-
-_ALL: tuple[Protocol, ...] = (*KNN_PROTOCOLS, *LINEAR_PROTOCOLS, *FEW_SHOT_PROTOCOLS, *FINE_TUNE_PROTOCOLS)
-_PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
-
-
-def available_protocols() -> list[str]:
-    """Names of all protocols, sorted."""
-    return sorted(_PROTOCOLS)
-
-
-def get_protocol(name: str) -> Protocol:
-    """Finds a protocol by its name.
-
-    Raises:
-        InputError: There is none of that name.
-    """
-    if name not in _PROTOCOLS:
-        raise unknown("evaluation protocol", name, _PROTOCOLS)
-    return _PROTOCOLS[name]
 
 
 @settings
@@ -85,11 +62,12 @@ def evaluate_encoder(
     test: ImageSet,
     arguments: EvaluationArguments,
     *,
-    device: torch.device | str,
+    evaluators: Sequence[Protocol | str] | None = None,
+    device: torch.device | str = "cpu",
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluates a frozen encoder by every protocol of the arguments; protocols share the features they can share.
+    """Evaluates a frozen encoder by every protocol; protocols share the features they can share.
 
     On several processes all encode, and every process returns the same result.
 
@@ -98,18 +76,21 @@ def evaluate_encoder(
         train: Labeled images that probes are fit on.
         test: Labeled images to evaluate on.
         arguments: Protocols, seeds and sizes.
+        evaluators: Protocols, of your own too, and names of protocols, in place of those of the arguments.
         device: Where to encode and to train probes.
         mixed_precision: Autocast of the encoder.
         progress: Shows bars on the first process.
 
     Returns:
-        `evaluations`, a list of {protocol, protocol_hash, settings, seeds, metrics, headline, data}, with each metric
+        `evaluations`, a list of {protocol, protocol_hash, settings, seeds, headline,
+        greater_is_better, metrics, data}, with each metric
         {mean, std, values} over the seeds (std is None for one), and `collapse`, the `collapse_report` of the training
         images' clean views.
 
     Raises:
         InputError: A protocol lacks labels, a kNN has too few images, or the encoder gives NaN.
     """
+    protocols = resolve_protocols(arguments.protocols if evaluators is None else evaluators)
     evaluator = Evaluator(
         encoder,
         train,
@@ -119,7 +100,7 @@ def evaluate_encoder(
         mixed_precision=mixed_precision,
         progress=progress,
     )
-    evaluations = [evaluator.evaluate(get_protocol(name)) for name in arguments.protocols]
+    evaluations = [evaluator.evaluate(protocol) for protocol in protocols]
     return {"evaluations": evaluations, "collapse": collapse_report(evaluator.features("train"))}
 
 
@@ -133,9 +114,6 @@ class Evaluator:
         arguments: Protocols, seeds and sizes.
         remember: Returns a tensor by a JSON key from where an earlier process left it, or computes it; None computes.
         **encoding: Settings of `extract_features`.
-
-    Raises:
-        InputError: There are protocols but no labels.
     """
 
     def __init__(
@@ -148,9 +126,6 @@ class Evaluator:
         remember: Callable[[dict[str, Any], Callable[[], Tensor]], Tensor] | None = None,
         **encoding: Any,
     ) -> None:
-        if arguments.protocols and (train.labels is None or test.labels is None):
-            bare = train if train.labels is None else test
-            raise InputError(f"{bare.name}: {NEEDS_LABELS}")
         limit = arguments.train_limit
         bank = train if limit is None or limit >= len(train) else train.subset(_sample(len(train), limit))
         self.encoder, self.arguments, self.encoding, self.remember = encoder, arguments, encoding, remember
@@ -162,10 +137,15 @@ class Evaluator:
         """Returns one entry of `evaluations`, see `evaluate_encoder`.
 
         Raises:
-            InputError: The protocol trains the encoder, and it is not one of this package.
+            InputError: There are no labels, or what the protocol refuses.
         """
+        for images in self.images.values():
+            if images.labels is None:
+                raise InputError(f"{images.name}: {NEEDS_LABELS}")
         if isinstance(protocol, OnImages):
-            return self._evaluate_on_images(protocol) | {"data": self.data}
+            run = functools.partial(protocol.run_on_images, self.encoder, **self.images, **self.encoding)
+            seeds = self.arguments.seeds
+            return _entry(protocol, [run(seed=key) for key in protocol.keys(seeds)], seeds) | {"data": self.data}
         train_NF, test_MF = (self.features(split, protocol.num_views, protocol.views) for split in ("train", "test"))
         evaluated = evaluate_features(
             protocol,
@@ -186,15 +166,6 @@ class Evaluator:
             compute = functools.partial(self._encode, *place)
             self._features[place] = compute() if self.remember is None else self.remember(key, compute)
         return self._features[place]
-
-    def _evaluate_on_images(self, protocol: Protocol) -> dict[str, Any]:
-        assert isinstance(protocol, OnImages)
-        if not isinstance(self.encoder, SSLModel):
-            raise InputError(
-                f"{protocol.name}: trains encoders of this package only, not {type(self.encoder).__name__}"
-            )
-        run = functools.partial(protocol.run_on_images, self.encoder, **self.images, **self.encoding)
-        return _entry(protocol, [run(seed=key) for key in protocol.keys(self.arguments.seeds)], self.arguments.seeds)
 
     def _encode(self, split: str, num_views: int, views: tuple[ViewSpec, ...]) -> Tensor:
         return extract_features(
@@ -220,7 +191,7 @@ def evaluate_features(
     """Runs one protocol on features of any origin, say those of `pixel_features`, once with every seed.
 
     Args:
-        protocol: From `get_protocol`.
+        protocol: From `get_protocol`, or of your own.
         train_features: (N, F).
         train_labels: (N,) int64.
         test_features: (M, F).
@@ -231,12 +202,16 @@ def evaluate_features(
     Returns:
         One entry of `evaluations`, see `evaluate_encoder`, without `data`.
     """
-    arrays = (train_features, train_labels, test_features, test_labels)
-    runs = [protocol.run(*arrays, seed=key, device=device) for key in protocol.keys(seeds)]
+    train = labeled(train_features, train_labels, what=protocol.name)
+    test = labeled(test_features, test_labels, what=protocol.name)
+    runs = [protocol.run(train, test, seed=key, device=device) for key in protocol.keys(seeds)]
     return _entry(protocol, runs, seeds)
 
 
 def _entry(protocol: Protocol, runs: list[dict[str, float]], seeds: Sequence[int]) -> dict[str, Any]:
+    if protocol.primary_metric not in runs[0]:
+        missing = f"its primary metric {protocol.primary_metric!r}; it returns {sorted(runs[0])}"
+        raise InputError(f"{protocol.name}: run does not return {missing}")
     metrics = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
@@ -247,7 +222,8 @@ def _entry(protocol: Protocol, runs: list[dict[str, float]], seeds: Sequence[int
         "protocol_hash": protocol.hash,
         "settings": protocol.settings(),
         "seeds": list(seeds) if protocol.seeded else [],
-        "headline": protocol.headline,
+        "headline": protocol.primary_metric,
+        "greater_is_better": protocol.greater_is_better,
         "metrics": metrics,
     }
 

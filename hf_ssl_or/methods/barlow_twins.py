@@ -22,20 +22,20 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import batch_standardize, full_precision, product_split
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch
 
 Standardize = Literal["per_view", "all_views"]
 
 
 @settings
-class Config(ProjectorConfig):
+class BarlowTwinsConfig(ProjectorConfig):
     """Settings of Barlow Twins.
 
     Attributes:
@@ -68,7 +68,7 @@ def auto_beta(dim: int) -> float:
 def barlow_twins_loss(
     z_VND: Tensor, beta: float, scale: float = 1.0, standardize: Standardize = "per_view"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss and its unweighted terms, from the projections of the global batch; see `Config`."""
+    """Returns the loss and its unweighted terms, from the projections of the global batch; see `BarlowTwinsConfig`."""
     views, images, dim = z_VND.shape
     if views == 2 and images < dim and standardize == "per_view":
         diagonal_VD, off_diagonal = _CrossCorrelation.apply(z_VND)
@@ -135,14 +135,16 @@ def _blocks(z_VND: Tensor) -> Iterator[slice]:
         yield slice(start, start + _CrossCorrelation.block)
 
 
-class Method(ProjectionMethod):
-    """Barlow Twins for any number of views."""
+class BarlowTwins(ProjectionMethod):
+    """Barlow Twins for any number of views.
 
-    config_class = Config
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    Example:
+        method = BarlowTwins(encoder, projector_dim=256)
+        method(batch).loss.backward()
+    """
+
+    config_class = BarlowTwinsConfig
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{zbontar2021barlow,
   title = {Barlow Twins: Self-Supervised Learning via Redundancy Reduction},
   author = {Zbontar, Jure and Jing, Li and Misra, Ishan and LeCun, Yann and Deny, St{\\'e}phane},
@@ -150,10 +152,8 @@ class Method(ProjectionMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.beta = auto_beta(config.projector_dim) if config.beta == "auto" else config.beta
-
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
-        return barlow_twins_loss(z_VND, self.beta, self.config.scale, self.config.standardize)
+        config = self.config
+        beta = auto_beta(config.projector_dim) if config.beta == "auto" else config.beta
+        return barlow_twins_loss(z_VND, beta, config.scale, config.standardize)

@@ -1,22 +1,26 @@
-"""What every method shares: its contract, the one encoder forward over all views, and gradient accumulation.
+"""What every method shares: its contract, the one encoder forward over all views, and its chunks.
 
-A method is one file with a docstring, a `Config`, a pure loss function of embeddings and a class `Method(SSLMethod)`.
-It owns its heads and its state (teacher, queue, center); the training loop knows nothing of them.
+A method is one file with a docstring, a dataclass of settings, a pure loss function of embeddings and one subclass of
+`SSLMethod`. It owns its heads and its state (teacher, queue, center); the training loop knows nothing of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_ssl_or.distributed import gather_batch, images_together, keep_statistics
-from hf_ssl_or.errors import InputError
+from hf_ssl_or.distributed import gather_batch, images_together, keep_statistics, world_size
+from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.methods.teacher import MomentumTeacher
 from hf_ssl_or.methods.whitening import WhiteningConfig, feature_whitening
+from hf_ssl_or.models.adapters import adapt_encoder
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
@@ -24,17 +28,15 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 class SSLMethod(nn.Module):
     """A self-supervised method: encoder, heads and loss.
 
-    A subclass sets the class attributes, builds its heads after `super().__init__` and defines `forward`. The class
-    attributes are checked when the class is defined; `class Shared(SSLMethod, abstract=True)` is not checked.
+    A subclass sets the class attributes and defines `build_heads` and `forward`. The class attributes are checked when
+    the class is defined; `class Shared(SSLMethod, abstract=True)` is not checked.
 
     Args:
-        encoder: `encoder(pixel_values=images).pooler_output` is (images, F); `encoder.config.hidden_size` is F.
-            A transformers model, or anything that looks like it.
-        config: An instance of `config_class`.
-        num_views: V, the number of views of each image.
-        batch_size: N, the number of images in the global batch, of all processes together.
-        num_local_views: Number of smaller views, for methods with multi-crop.
+        encoder: The encoder that is trained: one of ours, of transformers, of timm, or any module that maps images to
+            features, see `adapt_encoder`.
+        config: An instance of `config_class`, in place of `settings`.
         whitening: Variance and covariance terms that are added to the loss; None for none.
+        settings: Fields of `config_class`; those left out have the defaults given there.
 
     Attributes:
         config_class: Strict dataclass of the method's settings.
@@ -44,11 +46,13 @@ class SSLMethod(nn.Module):
         takes_local_views: Whether the method makes use of local views.
         needs_patches: Whether the encoder must be a vision transformer of ours.
         order_of_views_matters: Whether the loss changes when the views change places.
+        name: The name that `get_method` knows, which is that of the file.
+        feature_size: F, the width of the encoder's features.
         chunks: In how many parts the encoder sees the batch, see `prepare_chunks`.
         images_together: A part is made of so many images, or of several times as many.
 
     Raises:
-        InputError: The method cannot work with so many views or so small a batch.
+        InputError: A setting is unknown or wrong, or the method cannot train such an encoder.
     """
 
     config_class: ClassVar[type]
@@ -58,37 +62,97 @@ class SSLMethod(nn.Module):
     takes_local_views: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
     order_of_views_matters: ClassVar[bool] = False
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         missing = [name for name in ("config_class", "views", "citation") if getattr(cls, name, None) is None]
         if missing and not abstract:
             raise TypeError(f"{cls.__module__}.{cls.__qualname__} must define {', '.join(missing)}")
+        if not missing:
+            cls.__signature__ = _signature(cls.config_class)
 
     def __init__(
         self,
         encoder: nn.Module,
-        config: Any,
+        config: Any = None,
         *,
-        num_views: int,
-        batch_size: int,
-        num_local_views: int = 0,
         whitening: WhiteningConfig | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        name = type(self).__module__.rpartition(".")[2]
-        if num_views < self.min_views:
-            raise InputError(f"views.count: {name} needs at least {self.min_views} views, not {num_views}")
-        if num_local_views and not self.takes_local_views:
-            raise InputError(f"views.local_count: {name} takes no local views; set it to 0, not {num_local_views}")
-        if batch_size < 2:
-            raise InputError(f"training.batch_size: {name} needs at least 2 images, not {batch_size}")
+        module = type(self).__module__.rpartition(".")[2]
+        self.name = type(self).__name__ if module == "__main__" else module
+        self.config, self.whitening = self._configured(config, settings), whitening
+        if not isinstance(encoder, nn.Module):
+            raise InputError(f"encoder: a module is wanted, which create_encoder makes of a name, not {encoder!r:.80}")
         if self.needs_patches and not isinstance(encoder, SSLViTModel):
-            raise InputError(f"encoder.name: {name} needs a vision transformer, say vit_tiny")
-        self.encoder, self.config, self.whitening = encoder, config, whitening
-        self.num_views, self.num_local_views, self.batch_size = num_views, num_local_views, batch_size
-        self.feature_size: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
+            raise InputError(f"encoder.name: {self.name} needs a vision transformer of create_encoder, say vit_tiny")
+        try:
+            self.encoder = adapt_encoder(encoder)
+        except ValueError as error:
+            raise InputError(f"encoder: {str(error).removeprefix('encoder: ')}") from error
+        self.num_views, self.num_local_views = 0, 0  # not known yet
+        self.feature_size: int = self.encoder.config.hidden_size
         self.chunks, self.images_together, self.channels_last = 1, 1, False
+        self.build_heads()
+
+    @classmethod
+    def _configured(cls, config: Any, settings: dict[str, Any]) -> Any:
+        kind, name = cls.config_class, cls.__name__
+        if config is not None:
+            if settings:
+                raise InputError(f"{name}: give either config or settings ({', '.join(settings)}), not both")
+            if not isinstance(config, kind):
+                raise InputError(f"{name}: config must be a {kind.__name__}, not {config!r:.80}")
+            return config
+        known = [field.name for field in dataclasses.fields(kind)]
+        for key in settings:
+            if key not in known:
+                raise unknown(f"setting of {name}", key, known)
+        try:
+            return kind(**settings)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise InputError(f"{name}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings as plain data."""
+        return dataclasses.asdict(self.config)
+
+    def build_heads(self) -> None:
+        """Builds heads and state; `encoder`, `config` and `feature_size` are there already."""
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Checks the sizes of the batches to come and builds what depends on them.
+
+        The trainer calls it before training; without it, the first batch says the sizes. Call it before
+        `load_state_dict`, as a queue per view is empty until then. Another call with the same sizes changes nothing.
+
+        Args:
+            num_views: V, the number of views of each image.
+            batch_size: N, the number of images in the global batch, of all processes together.
+            num_local_views: Number of smaller views, for methods with multi-crop.
+
+        Raises:
+            InputError: The method cannot work with so many views or so small a batch.
+        """
+        if num_views < self.min_views:
+            raise InputError(f"views.count: {self.name} needs at least {self.min_views} views, not {num_views}")
+        if num_local_views and not self.takes_local_views:
+            raise InputError(
+                f"views.local_count: {self.name} takes no local views; set it to 0, not {num_local_views}"
+            )
+        if batch_size < 2:
+            raise InputError(f"training.batch_size: {self.name} needs at least 2 images, not {batch_size}")
+        self.num_views, self.num_local_views = num_views, num_local_views
+
+    def __call__(self, batch: MultiViewBatch) -> SSLOutput:
+        """Runs `forward`, after `prepare` where the numbers of views are not those that it was called for."""
+        num_views, images = batch.views_VBCHW.shape[:2]
+        num_local_views = 0 if batch.local_views_VBCHW is None else len(batch.local_views_VBCHW)
+        if (num_views, num_local_views) != (self.num_views, self.num_local_views):
+            self.prepare(num_views=num_views, batch_size=images * world_size(), num_local_views=num_local_views)
+        return super().__call__(batch)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Returns the loss of the global batch, from this process's part of it."""
@@ -125,7 +189,7 @@ class SSLMethod(nn.Module):
         Args:
             images: The images.
             encoder: Another encoder than the trained one.
-            read: Name of the encoder's output to give, with M as its first dimension.
+            read: Name of the encoder's output to return, with M as its first dimension.
             inputs: Further inputs of the encoder, with M as their first dimension.
         """
         encoder = self.encoder if encoder is None else encoder
@@ -140,7 +204,7 @@ class SSLMethod(nn.Module):
         return torch.cat([_encoded_again(encoder, read, dict(zip(tensors, part, strict=True))) for part in parts])
 
     def output(self, loss: Tensor, terms: dict[str, Tensor], embeddings_VBD: Tensor) -> SSLOutput:
-        """Packs the loss with its terms, detached; adds feature whitening where the recipe asks for it.
+        """Packs the loss with its terms, detached; adds feature whitening where `whitening` asks for it.
 
         Args:
             loss: The loss of the global batch.
@@ -154,22 +218,32 @@ class SSLMethod(nn.Module):
         return SSLOutput(loss=loss, terms={name: term.detach() for name, term in terms.items()})
 
     def prepare_chunks(self, chunks: int, *, recompute_blocks: bool = False) -> None:
-        """Makes a step need less of the encoder's memory, with the gradient of the whole batch.
+        """Makes a step need less of the encoder's memory, with the gradient of the full batch.
 
         The loss compares all images with each other, so summing gradients over small batches would be another loss.
         Instead activations are recomputed in backward: of one part of the views of all images at a time, for about
-        1/chunks of the memory. With batch statistics per view a part is made of whole views. With those of the whole
-        batch, all images must pass a block before the next one, so activations are recomputed block by block.
+        1/chunks of the memory. With batch statistics per view a part is made of complete views. With those of the
+        full batch, all images must pass a block before the next one, so activations are recomputed block by block.
 
         Args:
             chunks: Number of parts.
             recompute_blocks: Recomputes block by block in any case.
+
+        Raises:
+            InputError: Blocks must be recomputed, and the encoder has no gradient checkpointing.
         """
         together = images_together(self.encoder)
         if together is not None:
             self.chunks, self.images_together = chunks, together
         if recompute_blocks or (chunks > 1 and together is None):
-            self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            try:
+                self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            except (AttributeError, ValueError) as error:
+                key, off = ("gradient_checkpointing", "false") if recompute_blocks else ("forward_chunks", "1")
+                why = "" if recompute_blocks else ", which its batch statistics need here"
+                raise InputError(
+                    f"training.{key}: this encoder has no gradient checkpointing{why}; leave it at {off}"
+                ) from error
 
     def use_channels_last(self) -> None:
         """Stores convolution weights and images with channels last, which tensor cores prefer."""
@@ -187,6 +261,31 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}: must be above 0, not {getattr(config, name)}")
+
+
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError, naming the field, unless all these fields of `config` are at least `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: must be at least {least}, not {getattr(config, name)}")
+
+
+def require_share(config: Any, *names: str) -> None:
+    """Raises ValueError, naming the field, unless all these fields of `config` lie in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}: lies in [0, 1], not {getattr(config, name)}")
+
+
+def _signature(config_class: type) -> inspect.Signature:
+    """Returns the signature of a method's constructor, with the settings and their defaults."""
+    _, encoder, config, whitening, _ = inspect.signature(SSLMethod.__init__, eval_str=True).parameters.values()
+    hints, settings = get_type_hints(config_class), inspect.signature(config_class).parameters
+    keywords = [
+        setting.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, setting in settings.items()
+    ]
+    return inspect.Signature([encoder, config.replace(annotation=config_class | None), whitening, *keywords])
 
 
 def _encoded(encoder: nn.Module, read: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,21 +1,24 @@
-"""Two families that most methods belong to: a loss of all projections, and a student with a momentum teacher.
+"""The base classes of most methods: a loss of all projections, and a student with a momentum teacher.
 
-A family holds what its methods would repeat: settings, heads, the forward. A method adds its loss.
+A base class holds what its methods would repeat: settings, heads, the forward. A method adds its loss.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive
+from hf_ssl_or.methods.base import SSLMethod, require_positive, require_share
 from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+
+ASYMMETRIC_VIEWS = (  # solo-learn, CIFAR
+    ViewSpec(crop_scale=(0.08, 1.0)),
+    ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
+)
 
 
 @settings
@@ -43,8 +46,8 @@ class ProjectionMethod(SSLMethod, abstract=True):
     Its `config_class` is a `ProjectorConfig`.
     """
 
-    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Builds the projector."""
         self.projector = self.build_projector()
 
     def build_projector(self) -> nn.Module:
@@ -82,16 +85,15 @@ class MomentumConfig(ProjectorConfig):
 
     def validate_momentum(self) -> None:
         """Checks that the momenta are shares."""
-        for name in ("momentum", "final_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+        require_share(self, "momentum", "final_momentum")
 
 
 class MomentumMethod(ProjectionMethod, abstract=True):
     """A method with a momentum teacher, whose `config_class` is a `MomentumConfig`; it defines its own `forward`."""
 
-    def __init__(self, encoder: nn.Module, config: Any, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Adds the teacher."""
+        super().build_heads()
         self.teacher = MomentumTeacher(self.encoder, self.projector)
 
     @torch.no_grad()

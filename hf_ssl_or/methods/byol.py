@@ -11,20 +11,18 @@ mean is not scaled back to unit length: its length says how far the targets agre
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
-class Config(MomentumConfig):
+class BYOLConfig(MomentumConfig):
     """Settings of BYOL.
 
     Attributes:
@@ -47,14 +45,16 @@ def byol_loss(p_VND: Tensor, target_VND: Tensor) -> Tensor:
     return 4 + 4 * negative_cosine(p_VND, target_VND)
 
 
-class Method(MomentumMethod):
-    """BYOL for any number of views."""
+class BYOL(MomentumMethod):
+    """BYOL for any number of views.
 
-    config_class = Config
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    Example:
+        method = BYOL(encoder, projector_dim=256)
+        method(batch).loss.backward()  # and after the optimizer's step: method.on_step_end(step, total_steps)
+    """
+
+    config_class = BYOLConfig
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{grill2020bootstrap,
   title = {Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning},
   author = {Grill, Jean-Bastien and Strub, Florian and Altch{\\'e}, Florent and Tallec, Corentin and
@@ -64,9 +64,10 @@ class Method(MomentumMethod):
   year = {2020}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
+    def build_heads(self) -> None:
+        """Adds the predictor."""
+        super().build_heads()
+        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the teacher's projections of the other views."""

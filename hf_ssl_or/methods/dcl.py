@@ -21,7 +21,7 @@ from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class DCLConfig(ProjectorConfig):
     """Settings of DCL.
 
     Attributes:
@@ -46,10 +46,10 @@ def dcl_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tenso
     return negatives_VN.mean() - positive, {"positive_cosine": temperature * positive}
 
 
-class Method(ProjectionMethod):
+class DCL(ProjectionMethod):
     """DCL for any number of views."""
 
-    config_class = Config
+    config_class = DCLConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # as SimCLR's
     citation = """@inproceedings{yeh2022decoupled,
   title = {Decoupled Contrastive Learning},

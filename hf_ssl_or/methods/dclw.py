@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_ssl_or.methods import dcl
 from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.dcl import DCL, DCLConfig
 from hf_ssl_or.methods.functional import full_precision, mean_of_pairs, similarities
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch
 
 
 @settings
-class Config(dcl.Config):
+class DCLWConfig(DCLConfig):
     """Settings of DCLW.
 
     Attributes:
@@ -46,10 +46,10 @@ def dclw_loss(z_VND: Tensor, temperature: float, sigma: float = 0.5) -> tuple[Te
     return loss, {"positive_cosine": mean_of_pairs(cosine_VUN)}
 
 
-class Method(dcl.Method):
+class DCLW(DCL):
     """DCLW for any number of views."""
 
-    config_class = Config
+    config_class = DCLWConfig
 
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Draws linear layers as the authors' code does."""
+    """Initializes linear layers as the authors' code does."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

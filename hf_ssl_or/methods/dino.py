@@ -13,22 +13,20 @@ ones, and stays it for more; its cost is that of the views, as `swapped_cross_en
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import mean_over_ranks
-from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base import require_at_least, require_positive, require_share
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
-class Config(MomentumConfig):
+class DINOConfig(MomentumConfig):
     """Settings of DINO.
 
     Attributes:
@@ -36,7 +34,7 @@ class Config(MomentumConfig):
         prototypes: K, their number.
         freeze_prototypes_steps: In how many first steps the prototypes stay as they are.
         student_temperature: Divides the student's cosines.
-        teacher_temperature: Divides the teacher's centerd cosines at first.
+        teacher_temperature: Divides the teacher's centered cosines at first.
         final_teacher_temperature: The same after the warm-up, which is linear.
         teacher_temperature_warmup: The warm-up's share of the training.
         center_momentum: Share of itself that the center keeps in a step.
@@ -58,13 +56,9 @@ class Config(MomentumConfig):
     def validate_ranges(self) -> None:
         """Checks that sizes, temperatures and shares make sense."""
         require_positive(self, "student_temperature", "teacher_temperature", "final_teacher_temperature")
-        if self.prototypes < 2:
-            raise ValueError(f"prototypes: must be at least 2, not {self.prototypes}")
-        if self.freeze_prototypes_steps < 0:
-            raise ValueError(f"freeze_prototypes_steps: must be at least 0, not {self.freeze_prototypes_steps}")
-        for name in ("teacher_temperature_warmup", "center_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: lies in [0, 1], not {getattr(self, name)}")
+        require_at_least(self, 2, "prototypes")
+        require_at_least(self, 0, "freeze_prototypes_steps")
+        require_share(self, "teacher_temperature_warmup", "center_momentum")
 
 
 @full_precision
@@ -82,28 +76,30 @@ def dino_loss(
         teacher_VBK: The teacher's, of the global views.
         center_K: Is subtracted from the teacher's.
         student_temperature: Divides the student's.
-        teacher_temperature: Divides the teacher's, once centerd.
+        teacher_temperature: Divides the teacher's, once centered.
     """
     targets_VBK = ((teacher_VBK - center_K) / teacher_temperature).softmax(-1)
     return swapped_cross_entropy(scores_SBK, targets_VBK, student_temperature)
 
 
-def warmed_up_temperature(config: Config, step: int, total_steps: int) -> float:
+def warmed_up_temperature(config: DINOConfig, step: int, total_steps: int) -> float:
     """Returns the teacher's temperature in a step: linear over the warm-up, then constant."""
     start, end, share = config.teacher_temperature, config.final_teacher_temperature, config.teacher_temperature_warmup
     progress = min(1.0, step / (share * total_steps)) if share else 1.0
     return start + (end - start) * progress
 
 
-class Method(MomentumMethod):
-    """DINO for any number of global and local views."""
+class DINO(MomentumMethod):
+    """DINO for any number of global and local views.
 
-    config_class = Config
+    Example:
+        method = DINO(encoder, prototypes=1024)
+        batch = MultiViewBatch(views_VBCHW=views, local_views_VBCHW=local_views, index_B=index)
+    """
+
+    config_class = DINOConfig
     takes_local_views = True
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{caron2021emerging,
   title = {Emerging Properties in Self-Supervised Vision Transformers},
   author = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J{\\'e}gou, Herv{\\'e} and Mairal, Julien and
@@ -116,10 +112,11 @@ class Method(MomentumMethod):
     center_K: Tensor
     teacher_temperature: Tensor
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.register_buffer("center_K", torch.zeros(config.prototypes))
-        self.register_buffer("teacher_temperature", torch.tensor(warmed_up_temperature(config, 0, 1)))
+    def build_heads(self) -> None:
+        """Adds the center and the teacher's temperature."""
+        super().build_heads()
+        self.register_buffer("center_K", torch.zeros(self.config.prototypes))
+        self.register_buffer("teacher_temperature", torch.tensor(warmed_up_temperature(self.config, 0, 1)))
 
     def build_projector(self) -> nn.Module:
         """Builds the MLP and the prototypes as one module, of which the teacher has a copy."""
@@ -149,7 +146,7 @@ class Method(MomentumMethod):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Draws linear layers as the authors' code does."""
+    """Initializes linear layers as the authors' code does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

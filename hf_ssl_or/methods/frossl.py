@@ -7,7 +7,7 @@ matrix C_v = u_v^T u_v / D, and m the mean of the views:
          = sum_v log |C_v|_F^2 + invariance_weight / N sum_{v < u} |u_v - u_u|^2
 
 The first line is the authors' current code, for any V at cost V (their factor D cancels that of the mean over
-dimensions); the second says that V = 2 is the published loss of two views. There each dimension was centerd before;
+dimensions); the second says that V = 2 is the published loss of two views. There each dimension was centered before;
 the current code, for all V, does not center. Minus log |C|_F^2 is an entropy of C's eigenvalues, at most log of their
 number. |C|_F is that of u u^T as well, so the smaller of the D x D and the N x N matrices is made.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, product_split
 from hf_ssl_or.settings import settings
@@ -25,7 +26,7 @@ from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class FroSSLConfig(ProjectorConfig):
     """Settings of FroSSL.
 
     Attributes:
@@ -39,8 +40,7 @@ class Config(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that the weight is not negative."""
-        if self.invariance_weight < 0:
-            raise ValueError(f"invariance_weight: must be at least 0, not {self.invariance_weight}")
+        require_at_least(self, 0, "invariance_weight")
 
 
 @full_precision
@@ -57,10 +57,10 @@ def frossl_loss(z_VND: Tensor, invariance_weight: float = 1.0) -> tuple[Tensor, 
     return log_norm + invariance_weight * invariance, {"log_norm": log_norm, "invariance": invariance}
 
 
-class Method(ProjectionMethod):
+class FroSSL(ProjectionMethod):
     """FroSSL for any number of views."""
 
-    config_class = Config
+    config_class = FroSSLConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the authors' code, CIFAR
     citation = """@inproceedings{skean2024frossl,
   title = {{FroSSL}: Frobenius Norm Minimization for Efficient Multiview Self-Supervised Learning},

@@ -1,4 +1,4 @@
-"""Terms that losses are made of: functions of embeddings `z_VND` of the global batch, all views at once.
+"""Building blocks of losses: functions of embeddings `z_VND` of the global batch, all views at once.
 
 Each is checked against its plain formula in the tests. None waits for the device, none costs V^2 where V will do.
 """
@@ -122,7 +122,7 @@ def variance_hinge(variance: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def negative_cosine(p_VND: Tensor, target_VND: Tensor) -> Tensor:
-    """Means -cos(p_v, t_u) over images and ordered pairs of different views, at cost V.
+    """Returns the mean of -cos(p_v, t_u) over images and ordered pairs of different views, at cost V.
 
     The cosine is linear in the normalized target, so the mean over pairs is the product with the mean of the other
     views' normalized targets. Targets get no gradient.
@@ -189,7 +189,7 @@ def info_nce(z_VND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def mean_of_pairs(x_VUN: Tensor) -> Tensor:
-    """Means over images and ordered pairs of different views."""
+    """Returns the mean over images and ordered pairs of different views."""
     views, _, images = x_VUN.shape
     different_VU = 1 - torch.eye(views, dtype=x_VUN.dtype, device=x_VUN.device)
     return (x_VUN.sum(-1) * different_VU).sum() / (views * (views - 1) * images)

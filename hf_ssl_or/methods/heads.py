@@ -138,8 +138,8 @@ class _SwappedCrossEntropy(torch.autograd.Function):
         for scores_BK, (others_BK, count) in zip(scores_SBK, _targets_of_others(scores_SBK, targets_VBK), strict=True):
             logits_BK = scores_BK / temperature
             log_likelihood_BK = logits_BK.log_softmax(-1)  # one kernel, where logsumexp is four
-            normaliser_B1 = logits_BK[:, :1] - log_likelihood_BK[:, :1]
-            normalizers.append(normaliser_B1 - (math.log(count) if count else -math.inf))
+            normalizer_B1 = logits_BK[:, :1] - log_likelihood_BK[:, :1]
+            normalizers.append(normalizer_B1 - (math.log(count) if count else -math.inf))
             total -= torch.dot(others_BK.flatten(), log_likelihood_BK.flatten())
         ctx.temperature = temperature
         ctx.save_for_backward(scores_SBK, targets_VBK, *normalizers)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import sum_over_ranks, world_size
-from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.base import require_at_least, require_positive, require_share
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.randomness import keyed_generator
@@ -32,7 +32,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class LeJEPAConfig(ProjectorConfig):
     """Settings of LeJEPA.
 
     Attributes:
@@ -53,10 +53,8 @@ class Config(ProjectorConfig):
     def validate_ranges(self) -> None:
         """Checks that the share is one and that there is something to integrate."""
         require_positive(self, "directions", "largest_frequency")
-        if not 0 <= self.sigreg_weight <= 1:
-            raise ValueError(f"sigreg_weight: lies in [0, 1], not {self.sigreg_weight}")
-        if self.knots < 2:
-            raise ValueError(f"knots: must be at least 2, not {self.knots}")
+        require_share(self, "sigreg_weight")
+        require_at_least(self, 2, "knots")
 
 
 @full_precision
@@ -73,7 +71,7 @@ def lejepa_loss(
     Args:
         z_SBD: This process's projections of all views, the global ones first.
         directions_DA: Unit columns, the same on every process.
-        global_views: How many of the views have a say in what all are to agree on.
+        global_views: How many of the views are averaged into what all are to agree on.
         sigreg_weight: Lambda.
         knots: Number of points of the trapezoidal rule.
         largest_frequency: Where the integral ends.
@@ -85,7 +83,7 @@ def lejepa_loss(
 
 
 def sigreg(z_SBD: Tensor, directions_DA: Tensor, knots: int, largest_frequency: float) -> Tensor:
-    """Means the Epps-Pulley statistic of the global batch over views and directions; arguments as in `lejepa_loss`."""
+    """Returns the mean Epps-Pulley statistic over views and directions; arguments as in `lejepa_loss`."""
     images, step = z_SBD.shape[1] * world_size(), largest_frequency / (knots - 1)
     t_T = step * torch.arange(1, knots, dtype=z_SBD.dtype, device=z_SBD.device)  # both functions are 1 at t = 0
     gaussian_T = (-t_T.square() / 2).exp()
@@ -132,10 +130,10 @@ def _wave(angles: Tensor) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
-class Method(ProjectionMethod):
+class LeJEPA(ProjectionMethod):
     """LeJEPA for any number of global and local views."""
 
-    config_class = Config
+    config_class = LeJEPAConfig
     takes_local_views = True
     views = (ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),)  # the authors' README without blur, for small images
     citation = """@misc{balestriero2025lejepa,

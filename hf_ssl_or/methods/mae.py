@@ -15,8 +15,6 @@ decoder has the paper's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +30,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config:
+class MAEConfig:
     """Settings of MAE.
 
     Attributes:
@@ -92,13 +90,18 @@ def number_kept(patches: int, mask_ratio: float) -> int:
     return kept
 
 
-class Method(SSLMethod):
-    """MAE for any number of views."""
+class MAE(SSLMethod):
+    """MAE for any number of views.
 
-    config_class = Config
+    Example:
+        method = MAE(create_encoder("vit_tiny", image_size=32, patch_size=4), mask_ratio=0.75)
+        method(batch).loss.backward()
+    """
+
+    config_class = MAEConfig
     min_views = 1
     needs_patches = True
-    order_of_views_matters = True  # each view's mask is drawn for its number
+    order_of_views_matters = True  # each view's mask is sampled for its number
     views = (ViewSpec(jitter=0.0, grayscale=0.0),)  # the paper; solo-learn, CIFAR: crops from 0.08
     citation = """@inproceedings{he2022masked,
   title = {Masked Autoencoders Are Scalable Vision Learners},
@@ -109,9 +112,13 @@ class Method(SSLMethod):
 
     encoder: SSLViTModel
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        net, shape = self.encoder.timm_model, self.encoder.config
+    def build_heads(self) -> None:
+        """Builds the decoder.
+
+        Raises:
+            InputError: The ratio keeps or masks no patch, or the encoder drops patches itself.
+        """
+        config, net, shape = self.config, self.encoder.timm_model, self.encoder.config
         number_kept(net.patch_embed.num_patches, config.mask_ratio)
         if not isinstance(net.patch_drop, nn.Identity):
             raise InputError("encoder.model_args: mae chooses the patches itself; leave patch_drop_rate at 0")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.distributed import gather_batch
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.settings import settings
@@ -29,7 +30,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class MMCRConfig(ProjectorConfig):
     """Settings of MMCR.
 
     Attributes:
@@ -43,8 +44,7 @@ class Config(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that the weight is not negative."""
-        if self.local_weight < 0:
-            raise ValueError(f"local_weight: must be at least 0, not {self.local_weight}")
+        require_at_least(self, 0, "local_weight")
 
 
 @torch.no_grad()
@@ -90,10 +90,10 @@ def mmcr_loss(z_VBD: Tensor, local_weight: float = 0.0) -> tuple[Tensor, dict[st
     return local_weight * local_norm - centroid_norm, {"centroid_norm": centroid_norm, "local_norm": local_norm}
 
 
-class Method(ProjectionMethod):
+class MMCR(ProjectionMethod):
     """MMCR for any number of views."""
 
-    config_class = Config
+    config_class = MMCRConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the authors' code, CIFAR
     citation = """@inproceedings{yerxa2023learning,
   title = {Learning Efficient Coding of Natural Images with Maximum Manifold Capacity Representations},

@@ -15,8 +15,6 @@ original MoCo v2, at half the cost.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +29,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(MomentumConfig):
+class MoCoV2Config(MomentumConfig):
     """Settings of MoCo v2.
 
     Attributes:
@@ -69,10 +67,15 @@ def moco_v2_loss(q_VBD: Tensor, key_VOBD: Tensor, queue_VQD: Tensor, temperature
     return F.softplus(negatives_VB[:, None] - positives_VOB).mean(), positives_VOB.detach().mean() * temperature
 
 
-class Method(MomentumMethod):
-    """MoCo v2 for any number of views."""
+class MoCoV2(MomentumMethod):
+    """MoCo v2 for any number of views.
 
-    config_class = Config
+    Example:
+        method = MoCoV2(encoder, queue_size=16384)
+        method.prepare(num_views=2, batch_size=256)  # or the first batch does
+    """
+
+    config_class = MoCoV2Config
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4, blur=0.5),)  # solo-learn, CIFAR
     order_of_views_matters = True  # each view has a queue of its own
     citation = """@article{chen2020improved,
@@ -84,10 +87,15 @@ class Method(MomentumMethod):
 
     fresh_VND: Tensor  # this step's keys, until they are pushed
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.queries = self.num_views if config.symmetric else 1
-        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size, views=self.queries)
+    def build_heads(self) -> None:
+        """Adds a queue for each view of queries."""
+        super().build_heads()
+        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim, per_view=True)
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also fills the queues, one for each view of queries."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        self.queue.prepare(batch_size, num_views if self.config.symmetric else 1)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, without batch normalization."""
@@ -95,7 +103,7 @@ class Method(MomentumMethod):
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares each query with the keys of the other views and with its queue."""
-        q_VBD = self.projector(self.encode(batch.views_VBCHW[: self.queries]))
+        q_VBD = self.projector(self.encode(batch.views_VBCHW if self.config.symmetric else batch.views_VBCHW[:1]))
         key_VOBD = self.keys(batch.views_VBCHW)
         self.fresh_VND = gather_batch(key_VOBD[:, batch.step % key_VOBD.shape[1]], dim=1)
         loss, cosine = moco_v2_loss(q_VBD, key_VOBD, self.queue.features_QD, self.config.temperature)
@@ -107,7 +115,7 @@ class Method(MomentumMethod):
         if not self.config.symmetric:
             return self.queue.unit(self.targets(views_VBCHW[1:]))[None]
         key_VBD = self.queue.unit(self.targets(views_VBCHW))
-        return torch.stack([key_VBD.roll(-shift, 0) for shift in range(1, self.num_views)], dim=1)
+        return torch.stack([key_VBD.roll(-shift, 0) for shift in range(1, len(key_VBD))], dim=1)
 
     def on_step_end(self, step: int, total_steps: int) -> None:
         """Moves the teacher and pushes this step's keys."""

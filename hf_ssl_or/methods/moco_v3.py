@@ -10,22 +10,20 @@ both directions; the factor 2 T, also published, makes gradients depend less on 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch, rank
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import MomentumConfig, MomentumMethod
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, MomentumConfig, MomentumMethod
 from hf_ssl_or.methods.functional import contrast, full_precision, global_mean, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
-class Config(MomentumConfig):
+class MoCoV3Config(MomentumConfig):
     """Settings of MoCo v3.
 
     Attributes:
@@ -53,14 +51,11 @@ def moco_v3_loss(p_VBD: Tensor, key_VND: Tensor, temperature: float, first: int 
     return 4 * temperature * contrast(p_VBD, key_VND, temperature, first)
 
 
-class Method(MomentumMethod):
+class MoCoV3(MomentumMethod):
     """MoCo v3 for any number of views."""
 
-    config_class = Config
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    config_class = MoCoV3Config
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{chen2021empirical,
   title = {An Empirical Study of Training Self-Supervised Vision Transformers},
   author = {Chen, Xinlei and Xie, Saining and He, Kaiming},
@@ -68,8 +63,10 @@ class Method(MomentumMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Adds the predictor."""
+        super().build_heads()
+        config = self.config
         self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden, last_norm=config.predictor_norm)
 
     def build_projector(self) -> nn.Module:

@@ -12,19 +12,18 @@ the projections of one view, the first.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods import byol, nnclr
 from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.byol import BYOL, BYOLConfig
+from hf_ssl_or.methods.nnclr import NNCLR
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.settings import settings
 
 
 @settings
-class Config(byol.Config):
+class NNBYOLConfig(BYOLConfig):
     """Settings of NNBYOL, with BYOL's defaults, as in solo-learn's CIFAR recipes.
 
     Attributes:
@@ -38,17 +37,23 @@ class Config(byol.Config):
         require_positive(self, "queue_size")
 
 
-class Method(byol.Method):
+class NNBYOL(BYOL):
     """NNBYOL for any number of views."""
 
-    config_class = Config
-    citation = nnclr.Method.citation
+    config_class = NNBYOLConfig
+    citation = NNCLR.citation
 
     fresh_ND: Tensor  # this step's projections, until they are pushed
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
+    def build_heads(self) -> None:
+        """Adds the queue."""
+        super().build_heads()
+        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim)
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also checks that the queue is a multiple of the batch."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        self.queue.prepare(batch_size)
 
     def targets(self, views_VBCHW: Tensor) -> Tensor:
         """Returns the queue's nearest neighbors of the teacher's projections, of this process's views: (V, B, D)."""

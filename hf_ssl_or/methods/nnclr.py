@@ -11,23 +11,21 @@ published, the queue takes the projections of one view, the first.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
-from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
+from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import contrast, full_precision, negative_cosine
 from hf_ssl_or.methods.heads import PredictionHead
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.settings import settings
-from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
+from hf_ssl_or.structures import MultiViewBatch, SSLOutput
 
 
 @settings
-class Config(ProjectorConfig):
+class NNCLRConfig(ProjectorConfig):
     """Settings of NNCLR.
 
     Attributes:
@@ -55,14 +53,11 @@ def nnclr_loss(p_VND: Tensor, neighbor_VND: Tensor, temperature: float) -> tuple
     return contrast(neighbor_VND, p_VND, temperature), {"positive_cosine": cosine}
 
 
-class Method(ProjectionMethod):
+class NNCLR(ProjectionMethod):
     """NNCLR for any number of views."""
 
-    config_class = Config
-    views = (  # solo-learn, CIFAR: asymmetric
-        ViewSpec(crop_scale=(0.08, 1.0)),
-        ViewSpec(crop_scale=(0.08, 1.0), solarize=0.2),
-    )
+    config_class = NNCLRConfig
+    views = ASYMMETRIC_VIEWS
     citation = """@inproceedings{dwibedi2021little,
   title = {With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations},
   author = {Dwibedi, Debidatta and Aytar, Yusuf and Tompson, Jonathan and Sermanet, Pierre and Zisserman, Andrew},
@@ -72,10 +67,16 @@ class Method(ProjectionMethod):
 
     fresh_ND: Tensor  # this step's projections, until they are pushed
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
-        self.queue = FeatureQueue(config.queue_size, config.projector_dim, self.batch_size)
+    def build_heads(self) -> None:
+        """Adds the predictor and the queue."""
+        super().build_heads()
+        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
+        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim)
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also checks that the queue is a multiple of the batch."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        self.queue.prepare(batch_size)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalization (here with scale and shift, as published) at its end."""

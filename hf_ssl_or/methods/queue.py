@@ -16,31 +16,45 @@ class FeatureQueue(nn.Module):
     push in `on_step_end`: before, the backward pass may still need what is replaced.
 
     Args:
-        size: Q, how many features are kept; a multiple of `batch_size`.
+        size: Q, how many features are kept.
         dim: D, their width.
-        batch_size: N, how many features each push brings.
-        views: V for one queue per view, with one position: `features_QD` is then (V, Q, D).
-        name: Name of the setting that gave `size`, for the error.
-
-    Raises:
-        InputError: `size` is not a multiple of the batch.
+        per_view: One queue per view, with one position: `features_QD` is (V, Q, D), empty until `prepare` knows V.
     """
 
     features_QD: Tensor
     position: Tensor
 
-    def __init__(
-        self, size: int, dim: int, batch_size: int, *, views: int | None = None, name: str = "queue_size"
-    ) -> None:
+    def __init__(self, size: int, dim: int, *, per_view: bool = False) -> None:
         super().__init__()
+        self.generator_state = torch.get_rng_state()  # the start depends on it, not on when V is known
+        features = torch.empty(0, size, dim) if per_view else F.normalize(torch.randn(size, dim), dim=-1)
+        self.register_buffer("features_QD", features)
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    def prepare(self, batch_size: int, views: int | None = None) -> None:
+        """Checks the size and, where there is a queue per view, fills the queues of the views if they are empty.
+
+        Args:
+            batch_size: N, how many features each push brings.
+            views: V, for a queue per view.
+
+        Raises:
+            InputError: The size is not a multiple of the batch, or the queues are those of another number of views.
+        """
+        size, queues = self.features_QD.shape[-2], len(self.features_QD)
         if size < batch_size or size % batch_size:
             near = max(1, round(size / batch_size)) * batch_size
             raise InputError(
-                f"method.{name}: {size} is not a multiple of training.batch_size, {batch_size}; {near} would be"
+                f"method.queue_size: {size} is not a multiple of training.batch_size, {batch_size}; {near} would be"
             )
-        shape = (size, dim) if views is None else (views, size, dim)
-        self.register_buffer("features_QD", F.normalize(torch.randn(shape), dim=-1))
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+        if views is None or views == queues:
+            return
+        if queues:
+            raise InputError(f"views.count: the queues are of {queues} views, not {views}; make a new method")
+        generator = torch.Generator()
+        generator.set_state(self.generator_state)
+        features = torch.randn(views, *self.features_QD.shape[1:], generator=generator)
+        self.features_QD = F.normalize(features, dim=-1).to(self.features_QD)
 
     @torch.no_grad()
     def push(self, features_ND: Tensor) -> None:

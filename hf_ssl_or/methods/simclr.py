@@ -20,7 +20,7 @@ from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class SimCLRConfig(ProjectorConfig):
     """Settings of SimCLR.
 
     Attributes:
@@ -44,10 +44,10 @@ def simclr_loss(z_VND: Tensor, temperature: float) -> tuple[Tensor, dict[str, Te
     return loss, {"positive_cosine": positive_cosine}
 
 
-class Method(ProjectionMethod):
+class SimCLR(ProjectionMethod):
     """SimCLR for any number of views."""
 
-    config_class = Config
+    config_class = SimCLRConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # the paper, CIFAR: color strength 0.5, no blur
     citation = """@inproceedings{chen2020simple,
   title = {A Simple Framework for Contrastive Learning of Visual Representations},

@@ -14,7 +14,7 @@ image whose targets disagree weighs as much as any other, where "pairs" weighs i
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +30,7 @@ Target = Literal["pairs", "mean"]
 
 
 @settings
-class Config(ProjectorConfig):
+class SimSiamConfig(ProjectorConfig):
     """Settings of SimSiam.
 
     Attributes:
@@ -56,7 +56,7 @@ def simsiam_loss(p_VND: Tensor, z_VND: Tensor, target: Target = "pairs") -> Tens
     Args:
         p_VND: The predictions.
         z_VND: The projections; they get no gradient.
-        target: See `Config`.
+        target: See `SimSiamConfig`.
     """
     z_VND = z_VND.detach()
     if target == "pairs":
@@ -64,10 +64,10 @@ def simsiam_loss(p_VND: Tensor, z_VND: Tensor, target: Target = "pairs") -> Tens
     return -F.cosine_similarity(p_VND, mean_of_others(z_VND), dim=-1).mean()
 
 
-class Method(ProjectionMethod):
+class SimSiam(ProjectionMethod):
     """SimSiam for any number of views."""
 
-    config_class = Config
+    config_class = SimSiamConfig
     views = (ViewSpec(crop_scale=(0.08, 1.0), saturation=0.4),)  # solo-learn, CIFAR; no blur, as the paper, CIFAR
     citation = """@inproceedings{chen2021exploring,
   title = {Exploring Simple Siamese Representation Learning},
@@ -76,9 +76,10 @@ class Method(ProjectionMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden)
+    def build_heads(self) -> None:
+        """Adds the predictor."""
+        super().build_heads()
+        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, whose output is batch-normalized too."""

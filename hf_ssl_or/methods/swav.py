@@ -14,13 +14,11 @@ The authors scale the prototypes to unit length after each step; here the forwar
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ssl_or.distributed import gather_batch, rank
-from hf_ssl_or.methods.base import require_positive
+from hf_ssl_or.methods.base import require_at_least, require_positive
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, global_mean
 from hf_ssl_or.methods.heads import PrototypeHead, swapped_cross_entropy
@@ -30,7 +28,7 @@ from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class SwAVConfig(ProjectorConfig):
     """Settings of SwAV.
 
     Two images and two prototypes are all that balanced codes need: with fewer images (batch and queue) than
@@ -60,11 +58,8 @@ class Config(ProjectorConfig):
     def validate_ranges(self) -> None:
         """Checks that sizes, temperatures and steps make sense."""
         require_positive(self, "temperature", "epsilon", "sinkhorn_iterations")
-        if self.prototypes < 2:
-            raise ValueError(f"prototypes: must be at least 2, not {self.prototypes}")
-        for name in ("freeze_prototypes_steps", "queue_size", "queue_from_step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
+        require_at_least(self, 2, "prototypes")
+        require_at_least(self, 0, "freeze_prototypes_steps", "queue_size", "queue_from_step")
 
 
 @torch.no_grad()
@@ -90,10 +85,10 @@ def sinkhorn(scores_NK: Tensor, epsilon: float = 0.05, iterations: int = 3) -> T
     return log_codes_NK.exp().to(scores_NK.dtype)
 
 
-class Method(ProjectionMethod):
+class SwAV(ProjectionMethod):
     """SwAV for any number of global and local views."""
 
-    config_class = Config
+    config_class = SwAVConfig
     takes_local_views = True
     views = (  # solo-learn, CIFAR: symmetric
         ViewSpec(crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5),
@@ -106,12 +101,21 @@ class Method(ProjectionMethod):
   year = {2020}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    queue: FeatureQueue | None
+
+    def build_heads(self) -> None:
+        """Adds the prototypes and the queue."""
+        super().build_heads()
+        config, self.queue = self.config, None
         self.prototypes = PrototypeHead(config.projector_dim, config.prototypes)
-        self.queue: FeatureQueue | None = None
-        if config.queue_size:  # a row holds all global views of an image
-            self.queue = FeatureQueue(config.queue_size, self.num_views * config.projector_dim, self.batch_size)
+        if config.queue_size:
+            self.queue = FeatureQueue(config.queue_size, config.projector_dim, per_view=True)
+
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also fills the queue, of the global views."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        if self.queue is not None:
+            self.queue.prepare(batch_size, num_views)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the codes of the global views from all other views."""
@@ -127,13 +131,12 @@ class Method(ProjectionMethod):
     @torch.no_grad()
     def codes(self, z_VND: Tensor, step: int) -> Tensor:
         """Balances the images of the global batch, and of the queue from its first step on: codes (V, N, K)."""
-        config, (views, images) = self.config, z_VND.shape[:2]
-        if self.queue is not None and step >= max(config.queue_from_step, config.queue_size // self.batch_size):
-            queue_VQD = self.queue.features_QD.unflatten(1, (views, -1)).transpose(0, 1)
-            z_VND = torch.cat([z_VND, queue_VQD], dim=1)
+        config, images = self.config, z_VND.shape[1]
+        if self.queue is not None and step >= max(config.queue_from_step, config.queue_size // images):
+            z_VND = torch.cat([z_VND, self.queue.features_QD], dim=1)
         return sinkhorn(self.prototypes(z_VND), config.epsilon, config.sinkhorn_iterations)[:, :images]
 
     def on_step_end(self, step: int, total_steps: int) -> None:
         """Puts the projections of the global views into the queue."""
         if self.queue is not None:
-            self.queue.push(self.global_z_VND.transpose(0, 1).flatten(1))
+            self.queue.push(self.global_z_VND)

@@ -1,4 +1,4 @@
-"""The momentum teacher: a slow copy of the student that gives its targets."""
+"""The momentum teacher: a slow copy of the student, which learns from its projections."""
 
 from __future__ import annotations
 

@@ -14,22 +14,20 @@ published. Here it takes the gathered projections: the global batch, and nothing
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_ssl_or.methods import vicreg
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.base_methods import ProjectionMethod
 from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
+from hf_ssl_or.methods.vicreg import VICRegConfig
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(vicreg.Config):
+class VIbCRegConfig(VICRegConfig):
     """Settings of VIbCReg: those of VICReg, and of IterNorm.
 
     Attributes:
@@ -59,9 +57,9 @@ def vibcreg_loss(
     others_VND = mean_of_others(z_VND)
     invariance = (z_VND - others_VND).square().mean()
     batches = z_VND if len(z_VND) == 2 else torch.cat([z_VND, others_VND])  # two views are each other's "others"
-    centerd = batches - batches.mean(1, keepdim=True)
-    variance = 2 * variance_hinge(centerd.square().sum(1) / (images - 1))
-    unit = F.normalize(centerd, dim=1)
+    centered = batches - batches.mean(1, keepdim=True)
+    variance = 2 * variance_hinge(centered.square().sum(1) / (images - 1))
+    unit = F.normalize(centered, dim=1)
     covariance = 2 * product_split(unit, unit)[1].mean() / dim**2
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
@@ -85,9 +83,9 @@ def newton_whitening(x_VND: Tensor, group: int, steps: int = 5, eps: float = 1e-
     """
     x_VGCN = x_VND.mT.unflatten(1, (-1, group))
     mean = x_VGCN.mean(-1, keepdim=True)
-    centerd = x_VGCN - mean
+    centered = x_VGCN - mean
     identity = torch.eye(group, dtype=x_VND.dtype, device=x_VND.device)
-    covariance = centerd @ centerd.mT / x_VND.shape[1] + eps * identity
+    covariance = centered @ centered.mT / x_VND.shape[1] + eps * identity
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scaled, power = covariance / trace, identity
     for _ in range(steps):
@@ -138,10 +136,10 @@ class IterNorm(nn.Module):
             self.running_matrix.lerp_(matrix_GCC.to(self.running_matrix.dtype), self.momentum)
 
 
-class Method(ProjectionMethod):
+class VIbCReg(ProjectionMethod):
     """VIbCReg for any number of views; feature whitening, where asked for, sees what comes before IterNorm."""
 
-    config_class = Config
+    config_class = VIbCRegConfig
     views = (ViewSpec(solarize=0.1),)  # solo-learn, CIFAR
     citation = """@article{lee2021vibcreg,
   title = {{VIbCReg}: Variance-Invariance-better-Covariance Regularization for Self-Supervised Learning on Time
@@ -151,8 +149,10 @@ class Method(ProjectionMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
+    def build_heads(self) -> None:
+        """Adds IterNorm."""
+        super().build_heads()
+        config = self.config
         self.norm = IterNorm(config.projector_dim, config.iternorm_group) if config.iternorm else nn.Identity()
 
     def build_projector(self) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ssl_or.methods.base import require_at_least
 from hf_ssl_or.methods.base_methods import ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
 from hf_ssl_or.settings import settings
@@ -23,7 +24,7 @@ from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class VICRegConfig(ProjectorConfig):
     """Settings of VICReg.
 
     Attributes:
@@ -41,9 +42,7 @@ class Config(ProjectorConfig):
 
     def validate_ranges(self) -> None:
         """Checks that sizes and weights make sense."""
-        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, not {getattr(self, name)}")
+        require_at_least(self, 0, "invariance_weight", "variance_weight", "covariance_weight")
 
 
 @full_precision
@@ -55,20 +54,20 @@ def vicreg_loss(
     constant_VND = z_VND.detach()  # for means: the gradients below sum to 0 over views and over images
     to_others = views / (views - 1)  # times as far as to the mean of all
     invariance = to_others**2 * F.mse_loss(z_VND, constant_VND.mean(0).expand_as(z_VND))
-    centerd = z_VND - constant_VND.mean(1, keepdim=True)
+    centered = z_VND - constant_VND.mean(1, keepdim=True)
     if views > 2:  # two views are each other's "others"
-        centerd = torch.cat([centerd, mean_of_others(centerd)])
-    squares, off_diagonal = product_split(centerd, centerd)
+        centered = torch.cat([centered, mean_of_others(centered)])
+    squares, off_diagonal = product_split(centered, centered)
     variance = variance_hinge(squares / (images - 1))
     covariance = 2 * off_diagonal.mean() / ((images - 1) ** 2 * dim)
     loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
 
 
-class Method(ProjectionMethod):
+class VICReg(ProjectionMethod):
     """VICReg for any number of views."""
 
-    config_class = Config
+    config_class = VICRegConfig
     views = (ViewSpec(solarize=0.1),)  # solo-learn, CIFAR
     citation = """@inproceedings{bardes2022vicreg,
   title = {{VICReg}: Variance-Invariance-Covariance Regularization for Self-Supervised Learning},

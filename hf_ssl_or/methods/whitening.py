@@ -37,7 +37,7 @@ def feature_whitening(z_VND: Tensor, covariance: float = 0.004) -> Tensor:
     Two views give the sum of both views' terms, as solo-learn computes them.
     """
     images, dim = z_VND.shape[1:]
-    centerd = z_VND - z_VND.mean(1, keepdim=True)
-    squares, off_diagonal = product_split(centerd, centerd)
+    centered = z_VND - z_VND.mean(1, keepdim=True)
+    squares, off_diagonal = product_split(centered, centered)
     variance = variance_hinge(squares / (images - 1))
     return 2 * (variance + covariance * off_diagonal.mean() / ((images - 1) ** 2 * dim))

@@ -7,16 +7,14 @@ within each sub-batch, w(z) = L^-1 (z - mean) with L L^T their covariance (Chole
 
 over images, pairs of views and permutations. Views are whitened apart, so that the rows of a covariance are of
 different images. This is the paper's loss for any V. The cosine is linear in each unit vector, so y_v is compared with
-the mean of the other views' y at cost V. Sub-batches are drawn from the global batch, whatever the processes.
+the mean of the other views' y at cost V. Sub-batches are samples of the global batch, whatever the processes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
@@ -29,7 +27,7 @@ from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @settings
-class Config(ProjectorConfig):
+class WMSEConfig(ProjectorConfig):
     """Settings of W-MSE.
 
     Attributes:
@@ -54,7 +52,7 @@ class Config(ProjectorConfig):
             raise ValueError(f"whitening_eps: lies in [0, 1), not {self.whitening_eps}")
 
 
-def sub_batch_size(config: Config, batch_size: int) -> int:
+def sub_batch_size(config: WMSEConfig, batch_size: int) -> int:
     """Finds how many images are whitened together.
 
     Raises:
@@ -85,13 +83,13 @@ def whiten(x_MD: Tensor, eps: float = 0.0) -> Tensor:
     Where a covariance has no full rank all becomes NaN: to raise an error here would be to wait for the device.
     """
     images, dim = x_MD.shape[-2:]
-    centerd = x_MD - x_MD.mean(-2, keepdim=True)
-    covariance = centerd.mT @ centerd / (images - 1)
+    centered = x_MD - x_MD.mean(-2, keepdim=True)
+    covariance = centered.mT @ centered / (images - 1)
     if eps > 0:
         covariance = (1 - eps) * covariance + eps * torch.eye(dim, dtype=x_MD.dtype, device=x_MD.device)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     factor = factor.masked_fill((failed > 0)[..., None, None], torch.nan)
-    return torch.linalg.solve_triangular(factor, centerd.mT, upper=False).mT
+    return torch.linalg.solve_triangular(factor, centered.mT, upper=False).mT
 
 
 @full_precision
@@ -109,10 +107,10 @@ def wmse_loss(z_VND: Tensor, order_PN: Tensor, size: int, eps: float = 0.0) -> t
     return 2 - 2 * cosine, {"cosine": cosine}
 
 
-class Method(ProjectionMethod):
+class WMSE(ProjectionMethod):
     """W-MSE for any number of views."""
 
-    config_class = Config
+    config_class = WMSEConfig
     views = (ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),)  # solo-learn, CIFAR
     citation = """@inproceedings{ermolov2021whitening,
   title = {Whitening for Self-Supervised Representation Learning},
@@ -121,17 +119,19 @@ class Method(ProjectionMethod):
   year = {2021}
 }"""
 
-    def __init__(self, encoder: nn.Module, config: Config, **sizes: Any) -> None:
-        super().__init__(encoder, config, **sizes)
-        self.whitening_size = sub_batch_size(config, self.batch_size)
+    def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
+        """Also checks that sub-batches fit the batch."""
+        super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
+        sub_batch_size(self.config, batch_size)
 
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the whitened projections of the views."""
+        size = sub_batch_size(self.config, z_VND.shape[1])
         order_PN = self.permutations(z_VND.shape[1], batch).to(z_VND.device, non_blocking=True)
-        return wmse_loss(z_VND, order_PN, self.whitening_size, self.config.whitening_eps)
+        return wmse_loss(z_VND, order_PN, size, self.config.whitening_eps)
 
     def permutations(self, images: int, batch: MultiViewBatch) -> Tensor:
-        """Draws this step's permutations of the global batch, (P, N), the same on all processes."""
+        """Samples this step's permutations of the global batch, (P, N), the same on all processes."""
         key = (batch.seed, batch.step, "sub-batches")
         return torch.from_numpy(
             np.stack([keyed_permutation(images, *key, turn) for turn in range(self.config.whitening_iters)])

@@ -1,4 +1,8 @@
-"""Encoders by name, `create_encoder("resnet18", stem="small", image_size=32)`, and where their weights start from."""
+"""Encoders by name, `create_encoder("resnet18", stem="small", image_size=32)`, and where their weights start from.
+
+resnet18, vit_small, convnext_atto          an architecture, untrained, or with weights by `init_from`
+facebook/dinov2-small, path/to/encoder      a repository of the Hub, also at a revision ("org/name@v2"), or a folder
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -23,10 +28,14 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from hf_ssl_or.models.adapters import EncoderAdapter, adapt_encoder
 from hf_ssl_or.models.configuration_ssl import (
     OWN_RESNETS,
     SHORT_VITS,
@@ -35,22 +44,25 @@ from hf_ssl_or.models.configuration_ssl import (
     list_architectures,
     nearest,
 )
+from hf_ssl_or.models.image_processing_ssl import preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
+from hf_ssl_or.models.modeling_ssl_timm import SSLTimmModel
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
 SHARD_INDEX = "model.safetensors.index.json"
-FAMILIES: tuple[type[SSLResNetModel] | type[SSLViTModel], ...] = (SSLResNetModel, SSLViTModel)
+Family = type[SSLResNetModel] | type[SSLViTModel] | type[SSLTimmModel]
+FAMILIES: tuple[Family, ...] = (SSLResNetModel, SSLViTModel, SSLTimmModel)
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """Lists the names that `create_encoder` takes, our own first in each family.
+    """Lists the architectures that `create_encoder` makes: our own, then every architecture of timm.
 
     Args:
         pattern: Glob pattern that the names must match.
     """
     names = [name for family in FAMILIES for name in list_architectures(family.config_class.model_type)]
-    return fnmatch.filter(names, pattern)
+    return fnmatch.filter(dict.fromkeys(names), pattern)
 
 
 def create_encoder(
@@ -65,11 +77,12 @@ def create_encoder(
     init_from: str | os.PathLike[str] | None = None,
     orthogonality: OrthogonalityConfig | dict[str, Any] | None = None,
     **model_args: Any,
-) -> SSLResNetModel | SSLViTModel:
+) -> Any:
     """Makes an encoder. An option left at None takes the architecture's value, or that of `init_from`.
 
     Args:
-        name: Architecture, see `list_encoders`.
+        name: Architecture, see `list_encoders`; or the Hub id or the folder of a model of transformers, of timm or of
+            this package, whose weights are loaded.
         stem: ResNets: "standard", or "small" (3x3, stride 1, no max-pool) for images of 32-64 pixels.
         image_size: Side of the square images in pixels.
         patch_size: ViTs: side of a patch in pixels.
@@ -81,6 +94,9 @@ def create_encoder(
             revision ("org/name@v2"), or a folder, in this package's layout or timm's. Only safetensors are read.
         orthogonality: Settings to keep in the configuration.
         **model_args: Further keyword arguments of the timm model.
+
+    Returns:
+        A model of this package, or an `EncoderAdapter` around a model of transformers.
 
     Raises:
         ValueError: A name or an option is unknown or refused, or the weights do not fit; the message names it.
@@ -94,14 +110,22 @@ def create_encoder(
         "num_channels": num_channels,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    family = _family(name)
+    is_published = name not in (*OWN_RESNETS, *SHORT_VITS) and ("/" in name or Path(name).is_dir())
+    if is_published and init_from is not None:
+        raise ValueError(f"init_from: {name} brings its own weights; give an architecture, or no init_from")
+    checkpoint = _Checkpoint(name, "encoder") if is_published else _Checkpoint(init_from) if init_from else None
+    if is_published and checkpoint is not None:
+        if "architecture" not in checkpoint.config:
+            return _of_transformers(name, {**options, **model_args}, orthogonality)
+        name = checkpoint.config["architecture"]
+    family = _family(name, pooling)
     config_class = family.config_class
     known = {field.name for field in fields(config_class)}
     for option in options:
         if option not in known:
             raise ValueError(f"{option}: {name} is of the family {config_class.model_type}, which has no such option")
-    checkpoint = None if init_from is None else _Checkpoint(init_from, name)
     if checkpoint is not None:
+        checkpoint.check(name)
         saved_options, saved_args = checkpoint.settings(config_class)
         options, model_args = saved_options | options, saved_args | model_args
     try:
@@ -109,22 +133,99 @@ def create_encoder(
     except StrictDataclassError as error:  # a wrong type, which is no ValueError
         raise ValueError(" ".join(str(error).split())) from error
     model = family(config)
+    if isinstance(model, SSLTimmModel) and image_size is not None:
+        model.check_image_size()
     if checkpoint is not None:
         _load(model, checkpoint)
     return model
 
 
-def _family(name: str) -> type[SSLResNetModel] | type[SSLViTModel]:
+def _of_transformers(name: str, options: dict[str, Any], orthogonality: Any) -> Any:
+    for option in options.keys() - {"image_size", "num_channels"}:
+        raise ValueError(f"{option}: {name} is a model of transformers, which has no such option")
+    try:
+        encoder, _ = load_transformers(name, image_size=options.get("image_size"))
+    except OSError as error:
+        raise ValueError(f"encoder: {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    channels = encoder.config.num_channels
+    if options.get("num_channels", channels) != channels:
+        raise ValueError(f"num_channels: {name} takes {channels}, not {options['num_channels']}")
+    encoder.config.orthogonality = orthogonality
+    return encoder
+
+
+def load_transformers(
+    source: str | os.PathLike[str], *, image_size: int | None = None, trainable: bool = True, pretrained: bool = True
+) -> tuple[Any, Any]:
+    """Loads a model of transformers, or of this package, from safetensors and without remote code.
+
+    Args:
+        source: A folder, or a Hub id, also with its revision.
+        image_size: Side of its images in pixels; None takes its image processor's.
+        trainable: As for `adapt_encoder`.
+        pretrained: False takes its configuration alone.
+
+    Returns:
+        The encoder in float32, and its image processor, None where there is none.
+
+    Raises:
+        ValueError: Weights are missing, damaged or in another format.
+    """
+    name, revision = split_revision(os.fspath(source))
+    where: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **where)
+    except (OSError, ValueError):
+        processor = None
+    missing: list[str] = []
+    if pretrained:
+        if (index := Path(name) / SHARD_INDEX).is_file():
+            shard_names(index)
+        net, loading = AutoModel.from_pretrained(
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **where,
+        )
+        _check_downloads(name, revision)
+        missing = sorted(loading["missing_keys"])
+    else:
+        net = AutoModel.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False, **where))
+    lost = [key for key in missing if "pooler" not in key]
+    if lost:
+        raise ValueError(f"{name}: its files lack {len(lost)} of the model's weights, the first: {lost[0]}")
+    preprocessing = None if processor is None else preprocessing_of(processor)
+    size = image_size or (None if preprocessing is None else preprocessing.image_size)
+    encoder = adapt_encoder(net, image_size=size, untrained=missing, trainable=trainable)
+    if isinstance(encoder, EncoderAdapter):
+        encoder.preprocessing = None if preprocessing is None else preprocessing.to_dict()
+    return encoder, processor
+
+
+def _check_downloads(name: str, revision: str | None) -> None:
+    """Refuses weights from the Hub's cache that are not what the Hub has."""
+    folder = Path(name)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    for path in folder.glob("*.safetensors"):
+        check_download(path)
+
+
+def _family(name: str, pooling: str | None) -> Family:
     if name in OWN_RESNETS:
         return SSLResNetModel
     if name not in SHORT_VITS and (not timm.is_model(name) or "." in name):
         raise ValueError(f"unknown encoder {name!r}{nearest(name, list_encoders())}")
     with torch.device("meta"):
-        net = timm.create_model(SHORT_VITS.get(name, name))
-    for family in FAMILIES:
-        if type(net) in family.config_class.timm_classes:
-            return family
-    raise ValueError(f"unknown encoder {name!r}: a timm {type(net).__name__} is of none of our families")
+        net: Any = timm.create_model(SHORT_VITS.get(name, name))
+    if type(net) is ResNet:
+        return SSLResNetModel
+    if type(net) is VisionTransformer and type(net.patch_embed) is PatchEmbed:
+        return SSLViTModel if (pooling or net.global_pool) in ("token", "avg") else SSLTimmModel
+    return SSLTimmModel
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
@@ -166,6 +267,7 @@ def check_download(path: Path) -> None:
         raise ValueError(f"{path.name} was damaged on its way from the Hub, and was removed; run the command again")
 
 
+_FILTER = "checkpoint_filter_fn"  # timm's function that fits weights to a net, in the file of a family
 _SHAPING = {"stem", "image_size", "patch_size", "channels", "pooling", "num_channels"}
 _TIMM_NAMES = {"img_size": "image_size", "global_pool": "pooling", "in_chans": "num_channels"}
 
@@ -194,16 +296,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 class _Checkpoint:
     """A folder on disk or on the Hub that holds a configuration and safetensors, in our layout or timm's."""
 
-    def __init__(self, source: str | os.PathLike[str], name: str) -> None:
-        self.source = os.fspath(source)
+    def __init__(self, source: str | os.PathLike[str], option: str = "init_from") -> None:
+        self.source, self._option = os.fspath(source), option
         self._name, self._revision = split_revision(self.source)
         path = self._fetch("config.json")
         if path is None:
             raise ValueError(
-                f"init_from: {self.source} has no config.json, or is not in the cache of this offline machine"
+                f"{self._option}: {self.source} has no config.json, or is not in the cache of this offline machine"
             )
         self.config = _read_config(path)
         self.is_ours = str(self.config.get("model_type", "")).startswith("ssl_")
+
+    def check(self, name: str) -> None:
+        """Refuses weights of another architecture or layout."""
         if "architecture" not in self.config:
             raise ValueError(f"init_from: {self.source} is neither of this package's layout nor of timm's")
         theirs = self.config["architecture"]
@@ -229,7 +334,7 @@ class _Checkpoint:
         if any(marker in key for key in weights):
             return {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}
         head = self.config.get("pretrained_cfg", {}).get("classifier") or ("fc", "head")
-        prefixes = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
+        prefixes = tuple(f"{part}." for part in _names(head))
         return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
     def _read_files(self) -> dict[str, Tensor]:
@@ -257,11 +362,18 @@ class _Checkpoint:
         except EntryNotFoundError:
             return None
         except RevisionNotFoundError as error:
-            raise ValueError(f"init_from: {repository} has no revision {self._revision!r} on the Hub") from error
+            raise ValueError(f"{self._option}: {repository} has no revision {self._revision!r} on the Hub") from error
         except (HFValidationError, RepositoryNotFoundError) as error:
-            raise ValueError(f"init_from: {self.source} is neither a folder nor a repository on the Hub") from error
+            raise ValueError(
+                f"{self._option}: {self.source} is neither a folder nor a repository on the Hub"
+            ) from error
         check_download(path)
         return path
+
+
+def _names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the layers that timm's configuration names, one or several."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:
@@ -270,11 +382,14 @@ def _load(model: SSLModel, checkpoint: _Checkpoint) -> None:
     Weights of colors are summed up for gray images, and repeated for more channels, divided so that sums stay alike.
     """
     net, weights = model.timm_model, checkpoint.read()
-    if isinstance(model, SSLViTModel):
-        weights = checkpoint_filter_fn(weights, net)
-    expected, first = net.state_dict(), f"{net.default_cfg['first_conv']}.weight"
-    if first in weights and weights[first].ndim == 4:
-        weights[first] = adapt_input_conv(model.config.num_channels, weights[first], weights[first].shape[1])
+    of_timm = getattr(sys.modules[timm.model_entrypoint(model.config.timm_arguments()[0]).__module__], _FILTER, None)
+    if of_timm is not None and not isinstance(model, SSLResNetModel):
+        weights = of_timm(weights, net)
+    expected = net.state_dict()
+    for layer in _names(net.pretrained_cfg.get("first_conv")):
+        first = f"{layer}.weight"
+        if first in weights and weights[first].ndim == 4:
+            weights[first] = adapt_input_conv(model.config.num_channels, weights[first], weights[first].shape[1])
     for key in sorted(expected.keys() ^ weights.keys()):
         side = "has no" if key in expected else "has an unknown"
         raise ValueError(f"init_from: {checkpoint.source} {side} {key}")

@@ -1,4 +1,4 @@
-"""Configurations: the orthogonality settings of a run, and the two families of encoders that carry them."""
+"""Configurations: the orthogonality settings of a run, and the three families of encoders that carry them."""
 
 import copy
 import dataclasses
@@ -107,10 +107,12 @@ _IS_REMOTE = __name__.startswith("transformers_modules.")
 
 
 def list_architectures(model_type: str) -> list[str]:
-    """Lists the architectures of a family ("ssl_resnet" or "ssl_vit"), our own names first."""
+    """Lists the architectures of a family, our own names first; of "ssl_timm", all that timm has."""
     if model_type == "ssl_resnet":
         return [*OWN_RESNETS, *timm.list_models(module="resnet")]
-    return [*SHORT_VITS, *timm.list_models(module="vision_transformer")]
+    if model_type == "ssl_vit":
+        return [*SHORT_VITS, *timm.list_models(module="vision_transformer")]
+    return timm.list_models()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -128,7 +130,7 @@ def _outline(architecture: str, arguments: str) -> Any:
 
 @strict
 class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
-    """What both families of encoders share.
+    """What all families of encoders share.
 
     Attributes:
         architecture: A timm name, or one of our own.
@@ -178,7 +180,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
         }
         if _IS_REMOTE:
             kwargs["custom_pipelines"] = copy.deepcopy(_PIPELINES)
-        self.stage_names = ["stem"] + [f"stage{i + 1}" for i in range(self._num_stages(net))]
+        self.stage_names = self._stage_names(net)
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -212,7 +214,7 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
             net = _outline(name, json.dumps(arguments, sort_keys=True))
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"timm refuses {name} with {arguments}: {error}") from error
-        if type(net) not in self.timm_classes:
+        if self.timm_classes and type(net) not in self.timm_classes:
             raise ValueError(f"architecture: {name} is a {type(net).__name__}, not of the family {self.model_type}")
         return net
 
@@ -238,6 +240,9 @@ class SSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _complete(self, net: Any) -> None:
         raise NotImplementedError
+
+    def _stage_names(self, net: Any) -> list[str]:
+        return ["stem"] + [f"stage{i + 1}" for i in range(self._num_stages(net))]
 
     def _num_stages(self, net: Any) -> int:
         raise NotImplementedError
@@ -340,5 +345,50 @@ class SSLViTConfig(SSLConfig):
         return len(net.blocks)
 
 
+@strict
+class SSLTimmConfig(SSLConfig):
+    """An encoder of any architecture of timm; of ResNets and vision transformers the other two families do more."""
+
+    model_type = "ssl_timm"
+    fixed_arguments: ClassVar[tuple[str, ...]] = (*SSLConfig.fixed_arguments, "img_size")
+
+    architecture: str = "convnext_atto"
+
+    def timm_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Returns the name and the keyword arguments with which `timm.create_model` builds this net."""
+        name, arguments = super().timm_arguments()
+        size = self.image_size
+        if size is not None and timm.is_model(name) and size != _own_size(name) and _takes_image_size(name):
+            arguments["img_size"] = size
+        return name, arguments
+
+    def _complete(self, net: Any) -> None:
+        if self.image_size is None:
+            self.image_size = _own_size(self.architecture)
+
+    def _stage_names(self, net: Any) -> list[str]:
+        return [f"stage{i + 1}" for i in range(self._num_stages(net))]
+
+    def _num_stages(self, net: Any) -> int:
+        return len(net.feature_info)
+
+
+def _own_size(architecture: str) -> int:
+    """Returns the side of the images that timm's first weights of an architecture are for."""
+    known = timm.models.get_pretrained_cfg(architecture)
+    return 224 if known is None else known.input_size[-1]
+
+
+@lru_cache(maxsize=64)
+def _takes_image_size(architecture: str) -> bool:
+    """Says whether a net is built for one size of images; the others take any."""
+    try:
+        _outline(architecture, json.dumps({"img_size": _own_size(architecture), "num_classes": 0}))
+    except TypeError:
+        return False
+    return True
+
+
 SSLResNetConfig.register_for_auto_class()
 SSLViTConfig.register_for_auto_class()
+SSLTimmConfig.register_for_auto_class()

@@ -194,6 +194,29 @@ def preprocessing_of(processor: Any) -> Preprocessing:
     )
 
 
+def stock_processor(preprocessing: Preprocessing) -> dict[str, Any] | None:
+    """Returns the settings of the one image processor of transformers that does the same to the bit.
+
+    It resizes and crops as timm does, and reads `pretrained_cfg` from the model's config.json; in
+    preprocessor_config.json transformers only finds its class.
+
+    Returns:
+        None for images that it does not take: it knows 8-bit RGB alone.
+    """
+    p = preprocessing
+    if not p.eight_bit or p.num_channels != 3 or p.value_range != (0, 255):
+        return None
+    transform = {
+        "input_size": [p.num_channels, p.image_size, p.image_size],
+        "interpolation": p.interpolation,
+        "crop_pct": p.crop_pct,
+        "crop_mode": "center",
+        "mean": list(p.mean),
+        "std": list(p.std),
+    }
+    return {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": transform}
+
+
 def _side(size: Any) -> int:
     """Returns the side that a processor's size names, in any of the forms that it takes."""
     return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge"))

@@ -1,17 +1,15 @@
-"""What both families share: timm's net inside a transformers model, its head for classification, its backbone."""
+"""What all families share: timm's net inside a transformers model, its head for classification, its backbone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
@@ -22,6 +20,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from .blocks import Recomputed
 from .configuration_ssl import SSLConfig
 
 # timm's names of weights to ours; a model's own prefix `encoder.` is added and removed by transformers.
@@ -153,6 +152,10 @@ class SSLModel(SSLPreTrainedModel):
         """Returns the blocks of each stage."""
         raise NotImplementedError
 
+    def blocks(self) -> list[nn.Module]:
+        """Returns the blocks of all stages, in order."""
+        return [block for stage in self.stages() for block in stage]
+
     def finish(self, x: Tensor) -> Tensor:
         """Runs the norm after the last block, where there is one."""
         raise NotImplementedError
@@ -167,7 +170,7 @@ class SSLModel(SSLPreTrainedModel):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(_Recomputed(block), x)
+            return self._gradient_checkpointing_func(Recomputed(block, block), x)
         return block(x)
 
     @torch.no_grad()
@@ -187,40 +190,6 @@ class SSLModel(SSLPreTrainedModel):
         """Tells transformers to leave the weights as they are."""
         for module in self.modules():
             setattr(module, "_is_hf_initialized", True)  # noqa: B010  (a plain attribute, as transformers sets it)
-
-
-class _Recomputed:
-    """A block for `checkpoint`: the first call is plain, later ones leave BatchNorm's running statistics alone.
-
-    In a compiled graph there is one call: what backward recomputes are the block's products, not its side effects.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.ran = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.block(x)
-        if not self.ran:
-            self.ran = True
-            return self.block(x)
-        with _statistics_kept(self.block):
-            return self.block(x)
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Lets BatchNorm update copies of its running statistics, which are then thrown away."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in kept:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
 
 
 class SSLForImageClassification(SSLPreTrainedModel):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
 
 from matplotlib.lines import Line2D
 
-from hf_ssl_or.report.run_reader import Run
 from hf_ssl_or.report.style import (
     Drawn,
     add_legend,
@@ -21,48 +19,30 @@ from hf_ssl_or.report.style import (
     set_ticks,
     shorten,
 )
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.reader import RunRecord
 
-TITLES = {
-    "knn": "kNN top-1, %",
-    "rankme": "RankMe (more is better)",
-    "effective_rank": "Effective rank",
-    "participation_ratio": "Participation ratio",
-    "alpha_req": "\N{GREEK SMALL LETTER ALPHA}-ReQ (near 1 is good)",
-    "alpha_req_r2": "\N{GREEK SMALL LETTER ALPHA}-ReQ, R\N{SUPERSCRIPT TWO} of its fit",
-    "lidar": "LiDAR (more is better)",
-    "nesum": "NESum",
-    "stable_rank": "Stable rank",
-    "unit_std": "Spread at unit length",
-    "unit_std_relative": "The same, 1 if isotropic",
-    "dead_dimensions": "Dimensions that never vary",
-    "feature_std": "Feature standard deviation",
-    "orthogonality_error": "Orthogonality error, mean of layers",
-    "loss": "Loss",
-    "penalty": "Orthogonality penalty",
-    "grad_norm": "Gradient norm",
-    "lr": "Learning rate",
-    "images_per_second": "Views per second",
-    "data_wait_percent": "Waiting for data, % of time",
-}
 _MEASURES = (
     *("knn", "rankme", "effective_rank", "participation_ratio", "alpha_req"),
     *("lidar", "nesum", "feature_std", "orthogonality_error"),
 )
-_RATES = ("images_per_second", "data_wait_percent")
+_RATES = ("views_per_second", "data_wait_percent")
 _NOT_DRAWN = {"step", "epoch", "dimension", "samples"}
 
-Series = dict[str, list[dict[str, Any]]]
+Series = dict[str, list[dict[str, float]]]
 
 
-def plot_losses(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_losses(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws the loss, its terms, the penalty and the learning rate of every run over its steps."""
     lines = {run.name: run.train for run in runs}
-    names = _names(lines, first=("loss",), last=("penalty", "grad_norm", "lr"), leave=_NOT_DRAWN | set(_RATES))
+    names = _names(
+        lines, first=("loss",), last=("penalty", "grad_norm", "lr"), leave=_NOT_DRAWN | {"images_per_second", *_RATES}
+    )
     caption = "Means between two log lines. A logarithmic axis is used where values spread widely."
     return _draw(lines, names, folder, "loss", "Loss and its terms", caption)
 
 
-def plot_collapse(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_collapse(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws kNN accuracy, ranks and the orthogonality error of every run over its steps."""
     lines = {run.name: run.monitor for run in runs}
     names = _names(lines, first=_MEASURES, leave=_NOT_DRAWN | {"alpha_req_r2"})
@@ -73,7 +53,7 @@ def plot_collapse(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return _draw(lines, names, folder, "collapse", "Collapse measures and kNN", caption)
 
 
-def plot_throughput(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_throughput(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws views per second and the share of time spent waiting for data."""
     lines = {run.name: [_in_views(run, line) for line in run.train] for run in runs}
     names = [name for name in _RATES if any(name in line for run in lines.values() for line in run)]
@@ -81,15 +61,15 @@ def plot_throughput(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return _draw(lines, names, folder, "throughput", "Throughput", caption, from_zero=True)
 
 
-def views_of(run: Run) -> int:
+def views_of(run: RunRecord) -> int:
     """Counts the views that a step takes of each image."""
     counts = [run.setting("views.count", 1), run.setting("views.local_count", 0)]
     return sum(count for count in counts if isinstance(count, int))
 
 
-def _in_views(run: Run, line: dict[str, Any]) -> dict[str, Any]:
+def _in_views(run: RunRecord, line: dict[str, float]) -> dict[str, float]:
     rate = line.get("images_per_second")
-    return line if rate is None else {**line, "images_per_second": rate * views_of(run)}
+    return line if rate is None else {**line, "views_per_second": rate * views_of(run)}
 
 
 def _names(
@@ -128,7 +108,7 @@ def _draw(
                 values += [y for _, y in points]
         log = not from_zero and name != "lr" and is_wide(values)
         axes.set_yscale("log" if log else "linear")
-        axes.set_title(shorten(TITLES.get(name, name.replace("_", " ").capitalize()), 44))
+        axes.set_title(shorten(metric_label(name).title, 44))
         axes.margins(x=0.03)
         if k >= last_row:
             axes.set_xlabel("step")
@@ -147,5 +127,5 @@ def _alt(title: str, lines: Series, names: Sequence[str]) -> str:
             values = [line[name] for line in points if name in line]
             if values:
                 whose = f" of {run}" if len(lines) > 1 else ""
-                parts.append(f"{TITLES.get(name, name)}{whose} goes from {values[0]:.4g} to {values[-1]:.4g}")
+                parts.append(f"{metric_label(name).title}{whose} goes from {values[0]:.4g} to {values[-1]:.4g}")
     return f"{title} over training steps. {'; '.join(parts)}."

@@ -10,15 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.report.run_reader import Run, clean
 from hf_ssl_or.report.style import FAINT, MARKERS, Drawn, add_legend, color, legend_height, panels, save, shorten
+from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.runs.reader import RunRecord
 
 MOST_CLASSES = 10  # that a legend tells apart
 _TILE = 0.72  # inches
 _NEEDS_UMAP = "--umap: needs the package umap-learn; install it with: pip install 'hf-ssl-or[report]'"
 
 
-def plot_neighbors(run: Run, folder: Path, file: str, *, title: str) -> Drawn | None:
+def plot_neighbors(run: RunRecord, folder: Path, file: str, *, title: str) -> Drawn | None:
     """Draws images of a run, each with its nearest neighbors and their cosine distances."""
     if not run.neighbors:
         return None
@@ -49,7 +50,7 @@ def plot_neighbors(run: Run, folder: Path, file: str, *, title: str) -> Drawn | 
     return save(figure, folder, file, title=title, alt=alt, caption=caption)
 
 
-def plot_embedding(runs: Sequence[Run], folder: Path, *, umap: bool) -> list[Drawn]:
+def plot_embedding(runs: Sequence[RunRecord], folder: Path, *, umap: bool) -> list[Drawn]:
     """Draws the features of every run's sample in two dimensions, by PCA and, when asked for, by UMAP.
 
     Raises:
@@ -105,7 +106,7 @@ def _umap(features_NF: np.ndarray) -> np.ndarray:
 
 
 def _scatter(
-    runs: Sequence[Run], points: Sequence[np.ndarray], folder: Path, file: str, method: str, note: str
+    runs: Sequence[RunRecord], points: Sequence[np.ndarray], folder: Path, file: str, method: str, note: str
 ) -> Drawn:
     names = _class_names(runs)
     labels = [shorten(name, 20) for name in names]
@@ -128,14 +129,14 @@ def _scatter(
     return save(figure, folder, file, title=title, alt=alt, caption=caption)
 
 
-def _class_names(runs: Sequence[Run]) -> list[str]:
+def _class_names(runs: Sequence[RunRecord]) -> list[str]:
     """Names the classes that all runs share, if they are few enough for a legend."""
     lists = []
     for run in runs:
         labels, given = run.features.get("labels"), run.features.get("class_names")
         count = 0 if labels is None else min(int(labels.max()), MOST_CLASSES) + 1  # the last: too many
         if given is not None and given.ndim == 1 and len(given) >= count:
-            lists.append([clean(name) for name in given[:count]])
+            lists.append([printable(name) for name in given[:count]])
         else:
             lists.append([f"class {i}" for i in range(count)])
     return lists[0] if lists and all(names == lists[0] for names in lists) and len(lists[0]) <= MOST_CLASSES else []

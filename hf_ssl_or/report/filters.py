@@ -12,23 +12,27 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from hf_ssl_or.report.run_reader import Run, read_weight
+from hf_ssl_or.evaluation.collapse.weight_spectra import filter_correlations
 from hf_ssl_or.report.spectrum_plots import short_name
 from hf_ssl_or.report.style import MARKERS, Drawn, add_legend, color, legend_height, panels, save, shorten
+from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.runs.reader import RunRecord
 
 MOST_FILTERS = 256
 _ROW = 0.17  # inches of a layer
 _GRAM = "\N{DOUBLE VERTICAL LINE}G \N{MINUS SIGN} I\N{DOUBLE VERTICAL LINE}"
 
 
-def plot_errors(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_errors(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws the orthogonality error of every layer: bars for one run, before and after, or a marker per run."""
-    shown = [(i, run) for i, run in enumerate(runs) if run.errors]
+    shown = [(i, run) for i, run in enumerate(runs) if _errors(run)]
     if not shown:
         return None
-    layers = list(dict.fromkeys(layer for _, run in shown for layer in run.errors))
+    layers = list(dict.fromkeys(layer for _, run in shown for layer in _errors(run)))
     one = len(shown) == 1
-    labels = ["before training", "after"] if one and shown[0][1].errors_before else [] if one else _run_names(shown)
+    labels = [] if one else [shorten(run.name) for _, run in shown]
+    if one and _errors(shown[0][1], before=True):
+        labels = ["before training", "after"]
     row = 2 * _ROW if one and labels else 1.3 * _ROW
     top = 0.15 + legend_height(labels, 9.5)
     names = [shorten(layer.removeprefix("timm_model.").removesuffix(".weight"), 40) for layer in layers]
@@ -40,38 +44,44 @@ def plot_errors(runs: Sequence[Run], folder: Path) -> Drawn | None:
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.grid(axis="y", visible=not one)
     axes.set_xlabel(f"{_GRAM} (Frobenius norm, G the smaller Gram matrix of the weight)")
-    parts = [f"{run.name}: mean {np.mean(list(run.errors.values())):.4g}{_before(run)}" for _, run in shown]
+    parts = [f"{run.name}: mean {np.mean(list(_errors(run).values())):.4g}{_before(run)}" for _, run in shown]
     alt = f"Orthogonality error of {len(layers)} layers. {'; '.join(parts)}."
     caption = "0 is a weight with orthonormal rows or columns. Layers of more channels have larger errors."
     return save(figure, folder, "orthogonality", title="Orthogonality error per layer", alt=alt, caption=caption)
 
 
-def _run_names(shown: Sequence[tuple[int, Run]]) -> list[str]:
-    return [shorten(run.name) for _, run in shown]
+def _errors(run: RunRecord, *, before: bool = False) -> dict[str, float]:
+    if run.results is None:
+        return {}
+    weights = run.results.weights_before if before else run.results.weights
+    return {printable(name): weight.orthogonality_error for name, weight in weights.items()}
 
 
-def _before(run: Run) -> str:
-    return f" (before training {np.mean(list(run.errors_before.values())):.4g})" if run.errors_before else ""
+def _before(run: RunRecord) -> str:
+    before = _errors(run, before=True)
+    return f" (before training {np.mean(list(before.values())):.4g})" if before else ""
 
 
-def _bars(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, Run]]) -> list[Artist]:
-    run, y = shown[0][1], np.arange(len(layers))
-    after = [run.errors.get(layer, 0.0) for layer in layers]
-    if not run.errors_before:
+def _bars(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, RunRecord]]) -> list[Artist]:
+    errors, y = _errors(shown[0][1]), np.arange(len(layers))
+    earlier = _errors(shown[0][1], before=True)
+    after = [errors.get(layer, 0.0) for layer in layers]
+    if not earlier:
         axes.barh(y, after, height=0.7, color=color(0))
         return []
-    before = [run.errors_before.get(layer, 0.0) for layer in layers]
+    before = [earlier.get(layer, 0.0) for layer in layers]
     axes.barh(y - 0.19, before, height=0.36, facecolor="none", edgecolor=color(6), hatch="/////", linewidth=0.8)
     axes.barh(y + 0.19, after, height=0.36, color=color(0))
     return [Patch(facecolor="none", edgecolor=color(6), hatch="/////"), Patch(facecolor=color(0))]
 
 
-def _dots(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, Run]]) -> list[Artist]:
+def _dots(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, RunRecord]]) -> list[Artist]:
     handles: list[Artist] = []
     for i, run in shown:
-        places = [y for y, layer in enumerate(layers) if layer in run.errors]
-        errors = [run.errors[layers[y]] for y in places]
-        handles += axes.plot(errors, places, color=color(i), marker=MARKERS[i], linestyle="none", markersize=5.5)
+        errors = _errors(run)
+        places = [y for y, layer in enumerate(layers) if layer in errors]
+        values = [errors[layers[y]] for y in places]
+        handles += axes.plot(values, places, color=color(i), marker=MARKERS[i], linestyle="none", markersize=5.5)
     return handles
 
 
@@ -79,7 +89,7 @@ def _dots(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, Run]]) -
 # Filters
 
 
-def plot_filters(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_filters(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws the absolute correlations among the filters of each run's deepest drawn weight, similar ones together."""
     found = [(run, name, weight) for run in runs for name, weight in [_deepest_weight(run)] if weight is not None]
     if not found:
@@ -87,7 +97,8 @@ def plot_filters(runs: Sequence[Run], folder: Path) -> Drawn | None:
     figure, all_axes = panels(len(found), width=2.75, height=2.75, gap=(0.5, 0.75), top=0.4, right=0.95)
     parts = []
     for axes, (run, name, weight_OI) in zip(all_axes, found, strict=True):
-        correlation = ordered_correlations(weight_OI)
+        picked = np.unique(np.linspace(0, len(weight_OI) - 1, MOST_FILTERS).astype(int))
+        correlation = filter_correlations(weight_OI[picked])
         mean = float(correlation[~np.eye(len(correlation), dtype=bool)].mean())
         image = axes.imshow(correlation, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         axes.grid(visible=False)
@@ -104,28 +115,10 @@ def plot_filters(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return save(figure, folder, "filters", title="Filter correlations", alt=alt, caption=caption)
 
 
-def ordered_correlations(weight_OI: np.ndarray) -> np.ndarray:
-    """Absolute correlations among the rows of a weight, ordered by the second eigenvector of their Laplacian.
-
-    Returns:
-        (n, n) float64 with n at most 256; a constant row correlates with none.
-    """
-    picked = weight_OI[np.unique(np.linspace(0, len(weight_OI) - 1, MOST_FILTERS).astype(int))].astype(np.float64)
-    centerd = picked - picked.mean(1, keepdims=True)
-    norm = np.linalg.norm(centerd, axis=1, keepdims=True)
-    unit = centerd / np.where(norm > 0, norm, 1)
-    correlation = np.abs(unit @ unit.T).clip(max=1)
-    np.fill_diagonal(correlation, 1)
-    root = 1 / np.sqrt(correlation.sum(1))
-    _, vectors = np.linalg.eigh(correlation * np.outer(root, root))
-    order = np.argsort(vectors[:, -2] * root) if len(correlation) > 2 else np.arange(len(correlation))
-    return correlation[np.ix_(order, order)]
-
-
-def _deepest_weight(run: Run) -> tuple[str, np.ndarray | None]:
+def _deepest_weight(run: RunRecord) -> tuple[str, np.ndarray | None]:
     latest = run.spectra[-1][1] if run.spectra else {}
     names = [key.removeprefix("weight/") for key in latest if key.startswith("weight/")]
-    return (names[-1], read_weight(run, names[-1])) if names else ("", None)
+    return (names[-1], run.weight(names[-1])) if names else ("", None)
 
 
 def _color_bar(figure: Figure, image: AxesImage) -> None:

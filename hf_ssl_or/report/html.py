@@ -21,9 +21,11 @@ from hf_ssl_or.report import tables
 from hf_ssl_or.report.curves import plot_collapse, plot_losses, plot_throughput
 from hf_ssl_or.report.embeddings import check_umap, plot_embedding, plot_neighbors
 from hf_ssl_or.report.filters import plot_errors, plot_filters
-from hf_ssl_or.report.run_reader import Run, clean, read_runs
 from hf_ssl_or.report.spectrum_plots import plot_spectra_compared, plot_spectra_of_runs
 from hf_ssl_or.report.style import Drawn, page_colors, style
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.runs.reader import RunRecord, read_runs
 
 _PAGE = Path(__file__).parent
 
@@ -57,8 +59,8 @@ def write_report(
         check_umap()
     runs = read_runs(folders)
     alone = runs[0].folder if len(runs) == 1 else None
-    output = output or (alone or Path()) / "report.html"
-    figures = figures or (alone or output.parent) / "figures"
+    output = output or (alone or Path()) / layout.REPORT
+    figures = figures or (alone or output.parent) / layout.FIGURES
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figures.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def write_report(
     return output, [file for drawn in sections.values() for figure in drawn for file in figure.files]
 
 
-def plot_figures(runs: Sequence[Run], folder: Path, *, umap: bool = False) -> dict[str, list[Drawn]]:
+def plot_figures(runs: Sequence[RunRecord], folder: Path, *, umap: bool = False) -> dict[str, list[Drawn]]:
     """Draws whatever the runs hold, by section of the page."""
     with style():
         sections: dict[str, list[Drawn | None]] = {
@@ -82,13 +84,13 @@ def plot_figures(runs: Sequence[Run], folder: Path, *, umap: bool = False) -> di
     return {name: [figure for figure in drawn if figure] for name, drawn in sections.items()}
 
 
-def _neighbors(runs: Sequence[Run], folder: Path) -> Iterator[Drawn | None]:
+def _neighbors(runs: Sequence[RunRecord], folder: Path) -> Iterator[Drawn | None]:
     for i, run in enumerate(runs, 1):
         file, of = ("neighbors", "") if len(runs) == 1 else (f"neighbors-{i}", f" of {run.name}")
         yield plot_neighbors(run, folder, file, title=f"Nearest neighbors{of}")
 
 
-def render_page(runs: Sequence[Run], sections: dict[str, list[Drawn]], *, base: Path) -> str:
+def render_page(runs: Sequence[RunRecord], sections: dict[str, list[Drawn]], *, base: Path) -> str:
     """Renders the page; `base` is the folder that links start from."""
     environment = Environment(
         loader=FileSystemLoader(_PAGE),
@@ -119,7 +121,7 @@ def render_page(runs: Sequence[Run], sections: dict[str, list[Drawn]], *, base: 
 
 def clean_lines(text: str) -> str:
     """Cleans text of several lines."""
-    return "\n".join(map(clean, text.splitlines()))
+    return "\n".join(map(printable, text.splitlines()))
 
 
 def _on_page(figure: Drawn, base: Path) -> dict[str, Any]:
@@ -131,12 +133,12 @@ def _relative(file: Path, base: Path) -> str:
     return Path(os.path.relpath(file.resolve(), base.resolve())).as_posix()
 
 
-def _previews(runs: Sequence[Run]) -> list[Preview]:
+def _previews(runs: Sequence[RunRecord]) -> list[Preview]:
     """Returns each picture of views once, with the runs that share it."""
     names: dict[bytes, list[str]] = {}
     for run in runs:
-        if run.preview is not None:
-            names.setdefault(run.preview, []).append(run.name)
+        if run.views_picture is not None:
+            names.setdefault(run.views_picture, []).append(run.name)
     return [
         Preview(names=shared, source=f"data:image/png;base64,{base64.b64encode(picture).decode()}")
         for picture, shared in names.items()

@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from hf_ssl_or.report.run_reader import Run, Spectra
 from hf_ssl_or.report.style import (
     INK,
     MARKERS,
@@ -28,6 +27,7 @@ from hf_ssl_or.report.style import (
     set_ticks,
     shorten,
 )
+from hf_ssl_or.runs.reader import Arrays, RunRecord
 
 _NO_STAGE = {"input": (color(6), "v"), "hidden/stem": (color(5), "P"), "representation": (INK, "*")}
 FLOOR = 1e-8  # of the y axis at the lowest: what lies under it is rounding
@@ -38,7 +38,7 @@ _CAPTION = (
 )
 
 
-def plot_spectra_of_runs(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_spectra_of_runs(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws, per run, the spectra of weights and of features, at its first evaluation (thin) and its last (thick)."""
     runs = [run for run in runs if run.spectra]
     if not runs:
@@ -57,7 +57,7 @@ def plot_spectra_of_runs(runs: Sequence[Run], folder: Path) -> Drawn | None:
     return save(figure, folder, "spectra", title="Eigenvalue spectra, by run", alt=alt, caption=caption)
 
 
-def plot_spectra_compared(runs: Sequence[Run], folder: Path) -> Drawn | None:
+def plot_spectra_compared(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws, per layer, the last spectra of all runs in one panel; None for fewer than two runs."""
     names = [run.name for run in runs]
     last = {run.name: run.spectra[-1][1] for run in runs if run.spectra}
@@ -87,7 +87,7 @@ def plot_spectra_compared(runs: Sequence[Run], folder: Path) -> Drawn | None:
     )
 
 
-def _draw_run(axes: Axes, run: Run, what: str) -> None:
+def _draw_run(axes: Axes, run: RunRecord, what: str) -> None:
     latest = run.spectra[-1][1]
     keys = [key for key in _ordered(latest) if key.startswith("weight/") == (what == "weights")]
     entries = []
@@ -144,7 +144,7 @@ def _count(spectrum: np.ndarray) -> str:
     return f"{missing} of {len(spectrum)} \N{LESS-THAN OR EQUAL TO} 0" if missing else ""
 
 
-def _ordered(keys: Sequence[str] | set[str] | Spectra) -> list[str]:
+def _ordered(keys: Sequence[str] | set[str] | Arrays) -> list[str]:
     """Orders keys as data flows: input, hidden stages, representation; then weights."""
     flow = {"input": 0, "hidden": 1, "representation": 2, "weight": 3}
 
@@ -166,7 +166,7 @@ def _title(key: str) -> str:
     return {"hidden": f"Features of {name}", "weight": f"Weight of {short_name(key)}"}.get(kind, kind.capitalize())
 
 
-def _alt(runs: Sequence[Run]) -> str:
+def _alt(runs: Sequence[RunRecord]) -> str:
     """Says in words how many eigenvalues of every last spectrum are above a hundredth of the largest."""
     parts = []
     for run in runs:

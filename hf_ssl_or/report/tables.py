@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ssl_or.report.curves import TITLES, views_of
-from hf_ssl_or.report.run_reader import Run, Score, clean, is_number
+from hf_ssl_or.report.curves import views_of
+from hf_ssl_or.runs.labels import baseline_label, duration, metric_label, printable
+from hf_ssl_or.runs.reader import RunRecord
+from hf_ssl_or.runs.results import Evaluation
 
 NONE = "\N{EN DASH}"
-_BASELINES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 
 
 @dataclass(frozen=True)
@@ -45,42 +45,51 @@ class Table:
         return [any(cell.value is not None for cell in column) for column in zip(*self.rows, strict=True)]
 
 
-def facts(runs: Sequence[Run]) -> Table:
+def facts(runs: Sequence[RunRecord]) -> Table:
     """What was run: one row per fact, one column per run."""
-    rows = [[Cell(name), *(Cell(clean(fact(run))) for run in runs)] for name, fact in _FACTS.items()]
+    rows = [[Cell(name), *(Cell(printable(fact(run))) for run in runs)] for name, fact in _FACTS.items()]
     return Table(caption="What was run", head=["", *(run.name for run in runs)], rows=rows)
 
 
-def summary(runs: Sequence[Run]) -> Table:
+def summary(runs: Sequence[RunRecord]) -> Table:
     """One row per run: the headline of each protocol, and the last measures of collapse."""
-    columns: dict[str, Callable[[Run], Cell]] = {}
-    headlines = {(s.protocol, s.protocol_hash): s for run in runs for s in run.scores if s.headline}
+    columns: dict[str, Callable[[RunRecord], Cell]] = {}
+    headlines = {(e.protocol, e.protocol_hash): e.headline for run in runs for e in run.evaluations}
     names = [protocol for protocol, _ in headlines]
-    for (protocol, digest), score in headlines.items():
+    for (protocol, digest), measure in headlines.items():
         suffix = f" [{digest}]" if names.count(protocol) > 1 else ""
-        columns[f"{protocol} {score.measure}{suffix}, %"] = _headline(protocol, digest)
+        columns[printable(f"{protocol} {metric_label(measure).name}{suffix}, %")] = _headline(protocol, digest)
     for name in ("knn", "rankme", "alpha_req", "participation_ratio", "orthogonality_error"):
         if any(name in line for run in runs for line in run.monitor):
-            columns[TITLES[name] if name != "knn" else "monitor's kNN, %"] = _last(name)
-    columns["views/s, median"] = _rate
+            columns[f"{metric_label(name).title}{', monitor' if name == 'knn' else ''}"] = _last(name)
+    columns["Views per second, median"] = _rate
     rows = [[Cell(run.name), *(column(run) for column in columns.values())] for run in runs]
-    caption = "Results of the runs; collapse measures are those of the monitor's last evaluation"
+    caption = "Results of the runs; label-free measures are those of the monitor's last evaluation"
     return Table(caption=caption, head=["run", *columns], rows=rows, sortable=True)
 
 
-def evaluations(runs: Sequence[Run]) -> Table | None:
+def evaluations(runs: Sequence[RunRecord]) -> Table | None:
     """Every measure of every evaluation, with its spread over seeds, its protocol's hash and the baselines."""
-    scores = [(run, score) for run in runs for score in run.scores]
-    if not scores:
+    entries = [(run, entry) for run in runs for entry in run.evaluations]
+    if not entries:
         return None
-    baselines = list(dict.fromkeys(name for _, score in scores for name in score.baselines))
-    head = ["run", "protocol", "hash", "measure", "mean", "std", "seeds", *(_BASELINES.get(b, b) for b in baselines)]
-    rows = [_score_row(run, score, baselines) for run, score in scores]
+    baselines = list(dict.fromkeys(name for run in runs if run.results for name in run.results.baselines))
+    heads = [
+        "run",
+        "protocol",
+        "hash",
+        "measure",
+        "mean",
+        "std",
+        "seeds",
+        *(baseline_label(name).lower() for name in baselines),
+    ]
+    rows = [_score_row(run, entry, name, baselines) for run, entry in entries for name, _ in entry.test_metrics()]
     caption = "Evaluations, accuracy in %. Only measures of one protocol hash compare. std: over seeds"
-    return Table(caption=caption, head=[*head, "fit on \N{RIGHTWARDS ARROW} evaluated on"], rows=rows, sortable=True)
+    return Table(caption=caption, head=heads, rows=rows, sortable=True)
 
 
-def recipe_differences(runs: Sequence[Run]) -> Table | None:
+def recipe_differences(runs: Sequence[RunRecord]) -> Table | None:
     """The settings that are not the same in all runs; None for one run."""
     if len(runs) < 2:
         return None
@@ -91,9 +100,9 @@ def recipe_differences(runs: Sequence[Run]) -> Table | None:
     return Table(caption=caption, head=["setting", *(run.name for run in runs)], rows=rows, sortable=True)
 
 
-def environments(runs: Sequence[Run]) -> Table | None:
+def environments(runs: Sequence[RunRecord]) -> Table | None:
     """Software and kind of device of each run, as its results name them."""
-    flat = [flatten(run.results.get("environment", {})) for run in runs]
+    flat = [flatten({} if run.results is None else run.results.environment.to_dict()) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     if not keys:
         return None
@@ -107,68 +116,59 @@ def flatten(tree: object, path: str = "") -> dict[str, str]:
         return {
             key: value
             for name, branch in tree.items()
-            for key, value in flatten(branch, f"{path}.{clean(name)}" if path else clean(name)).items()
+            for key, value in flatten(branch, f"{path}.{printable(name)}" if path else printable(name)).items()
         }
     text = tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False, default=str)
-    return {path: clean(text)} if path else {}
+    return {path: printable(text)} if path else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts of a run
 
 
-def _state(run: Run) -> str:
+def _state(run: RunRecord) -> str:
     done = int(run.train[-1]["step"]) if run.train else 0
-    return f"finished, {done} steps" if run.finished else f"not finished, {done} steps logged"
+    return f"not finished, {done} steps logged" if run.results is None else f"finished, {done} steps"
 
 
-def _data(run: Run) -> str:
-    data = run.results.get("data")
-    known = data if isinstance(data, dict) else {}
-    images = f", {known['images']} images" if "images" in known else ""
+def _data(run: RunRecord) -> str:
     size = run.setting("data.image_size")
-    return f"{known.get('name', run.setting('data.dataset', NONE))}{images}{f', {size} px' if size else ''}"
+    pixels = f", {size} px" if size else ""
+    if run.results is None:
+        return f"{run.setting('data.dataset', NONE)}{pixels}"
+    return f"{run.results.data.name}, {run.results.data.images} images{pixels}"
 
 
-def _encoder(run: Run) -> str:
+def _encoder(run: RunRecord) -> str:
     stem, start = run.setting("encoder.stem"), run.setting("encoder.init_from")
     return f"{run.setting('encoder.name', NONE)}{f', {stem} stem' if stem else ''}{f', from {start}' if start else ''}"
 
 
-def _penalty(run: Run) -> str:
+def _penalty(run: RunRecord) -> str:
     penalty = run.setting("orthogonality.penalty", "none")
     return "none" if penalty == "none" else f"{penalty}, weight {run.setting('orthogonality.weight', NONE)}"
 
 
-def _whitening(run: Run) -> str:
+def _whitening(run: RunRecord) -> str:
     weight = run.setting("feature_whitening.weight", 0)
     return f"weight {weight}" if weight else "none"
 
 
-def _length(run: Run) -> str:
+def _length(run: RunRecord) -> str:
     steps = run.setting("training.max_steps")
     return f"{steps} steps" if steps else f"{run.setting('training.epochs', NONE)} epochs"
 
 
-def _optimizer(run: Run) -> str:
+def _optimizer(run: RunRecord) -> str:
     name, rate = run.setting("training.optimizer.name", NONE), run.setting("training.optimizer.lr", NONE)
     return f"{name}, learning rate {rate}, weight decay {run.setting('training.optimizer.weight_decay', NONE)}"
 
 
-def _seconds(run: Run) -> str:
-    timing = run.results.get("run")
-    seconds = timing.get("train_seconds_this_session") if isinstance(timing, dict) else None
-    return _duration(seconds) if is_number(seconds) else NONE
+def _seconds(run: RunRecord) -> str:
+    return NONE if run.results is None else duration(run.results.run.train_seconds_this_session)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-_FACTS: dict[str, Callable[[Run], Any]] = {
+_FACTS: dict[str, Callable[[RunRecord], Any]] = {
     "state": _state,
     "images": _data,
     "encoder": _encoder,
@@ -188,33 +188,37 @@ _FACTS: dict[str, Callable[[Run], Any]] = {
 # Cells
 
 
-def _headline(protocol: str, digest: str) -> Callable[[Run], Cell]:
-    def cell(run: Run) -> Cell:
-        for score in run.scores:
-            if score.headline and (score.protocol, score.protocol_hash) == (protocol, digest):
-                spread = "" if score.std is None else f" \N{PLUS-MINUS SIGN} {score.std:.2f}"
-                return Cell(f"{score.mean:.2f}{spread}", score.mean)
+def _headline(protocol: str, digest: str) -> Callable[[RunRecord], Cell]:
+    def cell(run: RunRecord) -> Cell:
+        for entry in run.evaluations:
+            if (entry.protocol, entry.protocol_hash) == (protocol, digest):
+                return Cell(entry.headline_metric.describe(), entry.headline_metric.mean)
         return Cell(NONE)
 
     return cell
 
 
-def _last(name: str) -> Callable[[Run], Cell]:
-    def cell(run: Run) -> Cell:
+def _last(name: str) -> Callable[[RunRecord], Cell]:
+    def cell(run: RunRecord) -> Cell:
         values = [line[name] for line in run.monitor if name in line]
         return Cell(f"{values[-1]:.4g}", values[-1]) if values else Cell(NONE)
 
     return cell
 
 
-def _rate(run: Run) -> Cell:
-    rates = [line["images_per_second"] for line in run.train if "images_per_second" in line]
-    rate = statistics.median(rates) * views_of(run) if rates else None
+def _rate(run: RunRecord) -> Cell:
+    rate = None if run.images_per_second is None else run.images_per_second * views_of(run)
     return Cell(NONE) if rate is None else Cell(f"{rate:.0f}", rate)
 
 
-def _score_row(run: Run, score: Score, baselines: Sequence[str]) -> list[Cell]:
-    numbers = [score.mean, score.std, *(score.baselines.get(name) for name in baselines)]
-    mean, std, *others = [Cell(NONE) if n is None else Cell(f"{n:.2f}", n) for n in numbers]
-    words = [Cell(text) for text in (run.name, score.protocol, score.protocol_hash, score.measure)]
-    return [*words, mean, std, Cell(str(score.values), score.values), *others, Cell(score.data)]
+def _score_row(run: RunRecord, entry: Evaluation, measure: str, baselines: Sequence[str]) -> list[Cell]:
+    assert run.results is not None
+    metric = entry.metrics[measure]
+    others = [run.results.baseline(name, entry, measure) for name in baselines]
+    numbers = [metric.mean, metric.std, *(None if other is None else other.mean for other in others)]
+    mean, std, *rest = [Cell(NONE) if n is None else Cell(f"{n:.2f}", n) for n in numbers]
+    words = (run.name, entry.protocol, entry.protocol_hash, metric_label(measure).name)
+    sides = [] if entry.data is None else [entry.data.train, entry.data.test]
+    data = " \N{RIGHTWARDS ARROW} ".join(f"{side.name} ({side.size})" for side in sides)
+    seeds = Cell(str(len(metric.values)), len(metric.values))
+    return [*(Cell(printable(word)) for word in words), mean, std, seeds, *rest, Cell(printable(data))]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.settings import settings
@@ -14,7 +19,11 @@ from hf_ssl_or.training.optim import OptimizerArguments
 class SSLTrainingArguments:
     """Settings of the training loop. Sizes and counts are those of the whole run, never of one process.
 
+    Callbacks written for `transformers.Trainer` also find what they read under transformers' names (`eval_strategy`,
+    `metric_for_best_model`, `logging_steps` ...), as properties.
+
     Attributes:
+        output_dir: Folder of the run; None takes "runs/<name of the recipe>", in Python "runs/<name of the method>".
         seed: Key of all randomness: weights, order, augmentation, penalties, probes.
         epochs: Passes over the training images.
         max_steps: Ends the run after so many steps instead of `epochs`; the schedules span these steps.
@@ -28,8 +37,8 @@ class SSLTrainingArguments:
         device: "auto" takes a GPU if there is one and the launcher does not forbid it.
         channels_last: Memory format of the encoder and its images.
         compile: Compiles the encoder with `torch.compile`.
-        sharding: "full": each process holds a part of every weight, gradient, teacher and optimizer state (FSDP2), and
-            gathers one block at a time; "none": each holds all of them. The result is the same.
+        fsdp: Each process holds a part of every weight, gradient, teacher and optimizer state (FSDP2), and gathers
+            one block at a time. The result is the same.
         gradient_checkpointing: Recomputes the activations inside each block of the encoder in backward.
         batch_norm: "global": statistics over all views and processes; "per_view": over each view and all processes,
             for comparison with code that forwards view by view.
@@ -46,6 +55,7 @@ class SSLTrainingArguments:
         push_to: The repository, "owner/name".
     """
 
+    output_dir: str | Path | None = None
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None
@@ -57,7 +67,7 @@ class SSLTrainingArguments:
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = True
     compile: bool = False
-    sharding: Literal["none", "full"] = "none"
+    fsdp: bool = False
     gradient_checkpointing: bool = False
     batch_norm: Literal["global", "per_view"] = "global"
     log_every: int = 20
@@ -81,9 +91,84 @@ class SSLTrainingArguments:
             raise InputError(f"training.monitor_every: 0 (never) or a number of epochs, not {self.monitor_every}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise InputError(f"training.max_grad_norm: more than 0, or null for no clipping, not {self.max_grad_norm}")
-        if self.sharding == "full" and self.mixed_precision == "fp16":
-            raise InputError("training.mixed_precision: fp16 does not go with training.sharding: full; use bf16")
+        if self.fsdp and self.mixed_precision == "fp16":
+            raise InputError("training.mixed_precision: fp16 does not go with training.fsdp; use bf16")
         if (self.push is None) != (self.push_to is None):
             raise InputError("training.push, training.push_to: give both, say push: end and push_to: owner/name")
         if self.keep_best and not self.monitor_every:
             raise InputError("training.keep_best: needs training.monitor_every above 0, which measures what is best")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, without the folder, which is no property of the run."""
+        plain = dataclasses.asdict(self)
+        del plain["output_dir"]
+        return plain
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """Returns flat values that any tracker takes."""
+        return {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in self.to_dict().items()
+        }
+
+    # What callbacks of transformers read, under transformers' names.
+
+    @property
+    def num_train_epochs(self) -> int:
+        """See `epochs`."""
+        return self.epochs
+
+    @property
+    def train_batch_size(self) -> int:
+        """See `batch_size`: images of all processes."""
+        return self.batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak, see `optimizer`."""
+        return self.optimizer.lr
+
+    @property
+    def logging_steps(self) -> int:
+        """See `log_every`."""
+        return self.log_every
+
+    @property
+    def logging_strategy(self) -> IntervalStrategy:
+        """Always by steps."""
+        return IntervalStrategy.STEPS
+
+    @property
+    def eval_strategy(self) -> IntervalStrategy:
+        """See `monitor_every`."""
+        return IntervalStrategy.EPOCH if self.monitor_every else IntervalStrategy.NO
+
+    @property
+    def save_strategy(self) -> IntervalStrategy:
+        """See `save_every` and `save_steps`."""
+        return IntervalStrategy.EPOCH if self.save_steps is None else IntervalStrategy.STEPS
+
+    @property
+    def metric_for_best_model(self) -> str:
+        """See `keep_best`; RankMe, which needs no labels, where that is not set."""
+        return self.keep_best or "rankme"
+
+    @property
+    def greater_is_better(self) -> bool:
+        """True of all measures that a checkpoint can be kept by."""
+        return True
+
+    @property
+    def load_best_model_at_end(self) -> bool:
+        """False: the best checkpoint is kept, and `hf-ssl-or evaluate RUN --select` takes it."""
+        return False
+
+    @property
+    def report_to(self) -> list[str]:
+        """See `trackers`."""
+        return self.trackers
+
+    @property
+    def run_name(self) -> str:
+        """Name of the folder."""
+        return os.path.basename(os.fspath(self.output_dir or "run"))

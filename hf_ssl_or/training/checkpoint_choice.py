@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ssl_or.callbacks.monitor import KNN_NEIGHBORS
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.collapse import collapse_report, lidar
 from hf_ssl_or.evaluation.collapse.hidden import scatter_views
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.structures import ViewSpec
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.log import read_metrics
-from hf_ssl_or.training.monitor import KNN_NEIGHBORS
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10  # the paper (Thilak et al., ICLR 2024) takes 50 views
 
@@ -42,23 +44,7 @@ class Choice:
     source: str
 
 
-def _highest(value: float) -> float:
-    return value
-
-
-def _nearest_to_one(value: float) -> float:
-    return -abs(value - 1)
-
-
-MEASURES: dict[str, Callable[[float], float]] = {  # how good a value is: more is better
-    "rankme": _highest,
-    "effective_rank": _highest,
-    "participation_ratio": _highest,
-    "nesum": _highest,
-    "lidar": _highest,
-    "knn": _highest,
-    "alpha_req": _nearest_to_one,
-}
+MEASURES = ("rankme", "effective_rank", "participation_ratio", "nesum", "lidar", "knn", "alpha_req")
 
 
 def select_checkpoint(
@@ -87,16 +73,17 @@ def select_checkpoint(
     steps = store.steps()
     if not steps:
         raise InputError(f"{store.folder}: no checkpoint to choose from")
-    logged = _logged(run_dir / "metrics.jsonl", measure)
+    logged = _logged(run_dir / layout.METRICS, measure)
     values: dict[int, float | None]
     if logged.keys() >= set(steps):
-        values, source = {step: logged[step] for step in steps}, "metrics.jsonl"
+        values, source = {step: logged[step] for step in steps}, layout.METRICS
     else:
         images, values, source = sample(), {}, "checkpoints"
         for step in steps:
             load_checkpoint(store, step, encoder)
             values[step] = images.measure(encoder, measure)
-    good = {step: MEASURES[measure](value) for step, value in values.items() if value is not None}
+    goodness = metric_label(measure).goodness
+    good = {step: goodness(value) for step, value in values.items() if value is not None}
     if not good:
         raise InputError(f"{run_dir}: {measure} is undefined for every checkpoint; choose another measure")
     best = max(good, key=lambda step: (good[step], step))
@@ -174,10 +161,10 @@ def load_checkpoint(store: CheckpointStore, step: int, encoder: nn.Module) -> No
 
 def _logged(path: Path, measure: str) -> dict[int, float | None]:
     """Returns what the monitor wrote, by the number of finished steps; None where it lacks the value."""
-    looks = [line for line in read_metrics(path) if line["kind"] == "monitor"] if path.exists() else []
-    if not any(measure in line for line in looks):
+    lines = read_metrics(path).of_kind("monitor")
+    if not any(measure in line for line in lines):
         return {}
-    return {line["step"] + 1: line.get(measure) for line in looks}
+    return {int(line["step"]): line.get(measure) for line in lines}
 
 
 def write_choice(choice: Choice, path: Path) -> None:

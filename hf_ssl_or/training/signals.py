@@ -44,6 +44,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal: int | None = None
+        self.asked_by_signal = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -61,14 +62,22 @@ class StopRequest:
         self.signal = number
         signal.signal(number, self._before[number])
 
-    def asked(self, done: int) -> bool:
-        """Says whether to stop after `done` steps; the same answer on every process."""
-        if self.accelerator.num_processes == 1:
-            return self.signal is not None
-        if done % AGREE_EVERY:
-            return False
-        wish = torch.tensor(float(self.signal is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wish, "sum") > 0)
+    def asked(self, done: int, by_callback: bool = False, *, agree: bool = False) -> bool:
+        """Says whether to stop after `done` steps; the same answer on every process.
+
+        Args:
+            done: Finished steps.
+            by_callback: Whether a callback of this process asks for it.
+            agree: Asks the other processes now; else they agree at every eighth step.
+        """
+        wishes = torch.tensor([float(self.signal is not None), float(by_callback)], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            if done % AGREE_EVERY and not agree:
+                return False
+            wishes = self.accelerator.reduce(wishes, "sum")
+        signaled, ended = (wishes > 0).tolist()
+        self.asked_by_signal = bool(signaled)
+        return bool(signaled or ended)
 
     @property
     def name(self) -> str:

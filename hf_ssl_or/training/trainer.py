@@ -1,15 +1,16 @@
-"""The training loop. It knows no method by name: a method turns a batch into a loss, the loop does the rest.
+"""The trainer. It knows no method by name: a method turns a batch into a loss, the loop does the rest.
 
 A step is: views in, `method(batch)`, backward (DDP averages the gradients), the penalty's analytic gradient, clipping,
 the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every random choice is a function of
-(seed, step, purpose), so a run resumed from a checkpoint repeats the uninterrupted run.
+(seed, step, purpose), so a run resumed from a checkpoint repeats the uninterrupted run. All else is a callback's.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,98 +18,242 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, GradientAccumulationPlugin
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
 
+from hf_ssl_or.callbacks.base import CallbackList, ScheduleCallback, SSLCallback
+from hf_ssl_or.callbacks.checkpoints import CheckpointCallback
+from hf_ssl_or.callbacks.metrics_log import Meter, MetricsLogCallback
+from hf_ssl_or.callbacks.monitor import Monitor, MonitorCallback
+from hf_ssl_or.callbacks.progress import Clock, ProgressCallback
+from hf_ssl_or.callbacks.push import PushCallback
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
+from hf_ssl_or.data.objects import load_dataset_object, load_eval_object
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError, NonFiniteLossError
+from hf_ssl_or.evaluation.collapse import weight_report
+from hf_ssl_or.evaluation.evaluator import EvaluationArguments
+from hf_ssl_or.evaluation.labeled import load_labeled
+from hf_ssl_or.hub.push import check_destination, push_to_hub
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.randomness import hashed_seed
+from hf_ssl_or.runs.reader import read_metrics
+from hf_ssl_or.runs.results import Results
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
-from hf_ssl_or.training import fsdp
+from hf_ssl_or.training import finish, fsdp
 from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors
+from hf_ssl_or.training.description import describe, first_difference, identity, write_recipe
 from hf_ssl_or.training.lock import RunLock
-from hf_ssl_or.training.log import Meter, MetricLog
 from hf_ssl_or.training.memory import keep_freed_memory
-from hf_ssl_or.training.monitor import Monitor
 from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from hf_ssl_or.training.progress import Clock, RunProgress
-from hf_ssl_or.training.saving import BackgroundSaver
+from hf_ssl_or.training.setup import (
+    Views,
+    default_folder,
+    load_scheduler,
+    resolve_data,
+    resolve_method,
+    resolve_views,
+    scheduler_state,
+    stored_size,
+    take_optimizer,
+)
 from hf_ssl_or.training.signals import StopRequest, TrainingInterrupted
 
 
 class SSLTrainer:
-    """Pretrains the encoder of a method on views of images.
+    """Pretrains an encoder on views of images, and leaves a run's folder.
 
-    With `sharding: full` and several processes, what is trained is a sharded copy of the method, `trained`; the method
-    itself, whole on each process, gets the weights of its encoder at every evaluation and at the end.
+        encoder = create_encoder("resnet18", stem="small", image_size=32)
+        trainer = SSLTrainer(
+            model=BYOL(encoder, projector_dim=256),
+            args=SSLTrainingArguments(output_dir="runs/mine", epochs=100, batch_size=256),
+            train_dataset="cifar10",
+            orthogonality=OrthogonalityConfig(penalty="so"),
+        )
+        trainer.train()
+        trainer.evaluate()
+        trainer.push_to_hub("org/name")
+
+    With `fsdp` and several processes, what is trained is a sharded copy of the method, `trained`; the method itself,
+    full on each process, gets the weights of its encoder at every evaluation and at the end.
 
     Args:
-        method: The method with its encoder, see `hf_ssl_or.methods`.
-        arguments: Settings of the loop.
-        images: Training images; training never reads their labels.
-        run_dir: Folder of the run.
-        views: Augmentation of each view, one per view.
-        local_views: Augmentation of smaller views, for methods with multi-crop.
+        model: The method with its encoder, see `hf_ssl_or.methods`; its encoder may be any module.
+        args: Settings of the loop.
+        train_dataset: Images; training never reads their labels. A Hub id, a folder, a pattern or a list file; a list
+            of paths, PIL images, arrays or tensors; a `datasets.Dataset`, `DatasetDict` or `IterableDataset`; a torch
+            `Dataset`; or an `ImageSet`.
+        eval_dataset: Labeled images to evaluate on: a `DatasetDict`, a pair (train, test) of whatever `train_dataset`
+            takes, or one set that is split. None takes the splits of a `train_dataset` that has a name.
+        method: Name of a method, instead of `model`.
+        encoder: The encoder of `method`: a name, a Hub id, a folder or a module.
+        views: Number of the method's own views; or one `ViewSpec` or callable per view. A callable gets one image of
+            shape (1, C, H, W), see `hf_ssl_or.data.objects`.
+        local_views: Specs of smaller views, for methods with multi-crop.
         orthogonality: Penalty on the encoder's weights; None for none.
-        bank_images: Labeled images that vote in the monitor's kNN; None takes `images`.
-        test_images: Labeled images that the monitor's kNN classifies; None for no kNN.
-        recipe: What made this run, as JSON-able data; a checkpoint of another recipe is refused.
+        evaluators: Names of evaluation protocols, or `Protocol` objects.
+        evaluation: Further settings of the evaluation.
+        callbacks: Callbacks for `transformers.Trainer`, or `SSLCallback` objects.
+        optimizers: (optimizer, scheduler) of the method's parameters instead of `args.optimizer`; without a scheduler
+            the learning rates follow the schedule of `args.optimizer`.
+        data: Settings of the images, see `hf_ssl_or.data.arguments.DataArguments`.
+        recipe: The run in plain data, where it comes from a recipe.
+        accelerator: From `build_accelerator`, where it was needed before.
+
+    Attributes:
+        state: Progress, as callbacks see it; `log_history` is its list of log lines.
+
+    Raises:
+        InputError: Something does not fit; the message names it.
     """
 
     def __init__(
         self,
-        method: SSLMethod,
-        arguments: SSLTrainingArguments,
-        images: ImageSet,
-        run_dir: str | Path,
+        model: SSLMethod | None = None,
+        args: SSLTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
-        views: Sequence[ViewSpec],
+        method: str | type[SSLMethod] | None = None,
+        encoder: str | nn.Module | None = None,
+        views: Views = None,
         local_views: Sequence[ViewSpec] = (),
-        orthogonality: OrthogonalityConfig | None = None,
-        bank_images: ImageSet | None = None,
-        test_images: ImageSet | None = None,
+        orthogonality: OrthogonalityConfig | Mapping[str, Any] | None = None,
+        evaluators: Sequence[Any] | None = None,
+        evaluation: EvaluationArguments | None = None,
+        callbacks: Sequence[Any] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        data: Any = None,
         recipe: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        self.arguments, self.images, self.run_dir, self.recipe = arguments, images, Path(run_dir), recipe or {}
-        self.accelerator = build_accelerator(arguments, self.run_dir)
+        self.args = args or SSLTrainingArguments()
+        size = data.get("image_size") if isinstance(data, Mapping) else getattr(data, "image_size", None)
+        method_object, objects = resolve_method(model, method, encoder, seed=self.args.seed, image_size=size)
+        self.run_dir = Path(self.args.output_dir or default_folder(method_object))
+        self.accelerator = accelerator or build_accelerator(self.args, self.run_dir)
+        config: Any = method_object.encoder.config
+        self.views = resolve_views(views, type(method_object), config.num_channels)
+        self.local_views = list(local_views)
+        data_arguments = stored_size(resolve_data(train_dataset, data, method_object.encoder), self.views)
+        with self.accelerator.local_main_process_first():  # which decodes the images for the others
+            self.images, self.labeled = load_sets(train_dataset, eval_dataset, data_arguments, config.num_channels)
+        self.orthogonality = _penalty_settings(orthogonality)
+        config.orthogonality = self.orthogonality
+        self.evaluation, self.evaluators = evaluation or EvaluationArguments(), evaluators
+        method_object.prepare(
+            num_views=len(self.views), batch_size=self.args.batch_size, num_local_views=len(self.local_views)
+        )
+        self.recipe = recipe or describe(
+            method_object,
+            data=data_arguments,
+            views=self.views,
+            local_views=self.local_views,
+            orthogonality=self.orthogonality,
+            training=self.args,
+            evaluation=self.evaluation,
+            objects=_objects(objects, train_dataset, eval_dataset, self.views, optimizers, callbacks),
+        )
+        self._prepare(method_object, optimizers)
+        self.weights_before = weight_report(self.encoder)
+        self.baselines: dict[str, Any] = {}
+        self.train_seconds, self._stopped = 0.0, False
+        self.results: Results | None = None
+        own = (
+            ScheduleCallback,
+            self._monitor(),
+            MetricsLogCallback,
+            ProgressCallback,
+            CheckpointCallback,
+            PushCallback,
+        )
+        self.callbacks = CallbackList([*own, *callbacks], args=self.args, state=self.state, context=self._context)
+
+    def _prepare(self, method: SSLMethod, optimizers: tuple[torch.optim.Optimizer | None, Any]) -> None:
+        """Puts method, optimizer, penalty and loader into the form in which they train."""
+        args, accelerator = self.args, self.accelerator
         self.method = self._prepare_method(method)
-        self.trained = fsdp.shard(method, self.device, compile=arguments.compile) if self.sharded else self.method
-        self.optimizer = build_optimizer(self.trained, arguments.optimizer, batch_size=arguments.batch_size)
-        self.wrapped_optimizer = self.accelerator.prepare(self.optimizer)
-        self.model = self.accelerator.prepare_model(self.trained, evaluation_mode=self.sharded)  # then without DDP
+        self.trained = fsdp.shard(method, self.device, compile=args.compile) if self.sharded else self.method
+        given, self.scheduler = optimizers
+        if given is None:
+            if self.scheduler is not None:
+                raise InputError("optimizers: a scheduler needs its optimizer; give both")
+            self.optimizer = build_optimizer(self.trained, args.optimizer, batch_size=args.batch_size)
+        else:
+            self.optimizer = take_optimizer(given, self.scheduler, self.trained, fsdp=self.sharded)
+        self.wrapped_optimizer = accelerator.prepare(self.optimizer)
+        self.wrapped_model = accelerator.prepare_model(self.trained, evaluation_mode=self.sharded)  # then without DDP
         self.encoder.to(self.device)
-        self.regularizer = OrthogonalityRegularizer(
-            self.trained.encoder, orthogonality or OrthogonalityConfig(penalty="none")
-        )
+        self.regularizer = OrthogonalityRegularizer(self.trained.encoder, self.orthogonality)
         self.loader = ViewLoader(
-            images,
-            views,
-            local_views=local_views,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            self.images,
+            self.views,
+            local_views=self.local_views,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=self.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
         )
-        self.total_steps = arguments.max_steps or arguments.epochs * self.loader.steps_per_epoch
-        self.warmup_steps = round(arguments.optimizer.warmup_epochs * self.loader.steps_per_epoch)
-        self.monitor = Monitor(images, bank_images or images, test_images, arguments, self.accelerator.device)
-        if arguments.keep_best == "knn" and self.monitor.test is None:
-            raise InputError("training.keep_best: knn needs labeled training and test images; rankme needs none")
-        self.store = CheckpointStore(self.run_dir, keep_last=arguments.keep_last)
-        self.saver = BackgroundSaver(self.store)
+        self.total_steps = args.max_steps or args.epochs * self.loader.steps_per_epoch
+        self.warmup_steps = round(args.optimizer.warmup_epochs * self.loader.steps_per_epoch)
+        self.store = CheckpointStore(self.run_dir, keep_last=args.keep_last)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
-        self.meter = Meter()
-        self.all_finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        self.meter, self.clock = Meter(), Clock(self.loader, args.batch_size)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.state = TrainerState(
+            max_steps=self.total_steps,
+            num_train_epochs=-(-self.total_steps // self.loader.steps_per_epoch),
+            train_batch_size=args.batch_size,
+            logging_steps=args.log_every,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
+        )
+
+    def _prepare_method(self, method: SSLMethod) -> SSLMethod:
+        args = self.args
+        images = args.batch_size // self.accelerator.num_processes
+        use_global_batch_norm(method, images_per_view=images if args.batch_norm == "per_view" else None)
+        method.prepare_chunks(args.forward_chunks, recompute_blocks=args.gradient_checkpointing)
+        if args.channels_last:
+            method.use_channels_last()
+        if args.compile and not self.sharded:
+            for encoder in method.encoders():
+                encoder.compile()  # in place: the names in the state dict do not change
+        return method.train()
+
+    def _monitor(self) -> MonitorCallback:
+        bank, test = self.labeled or (None, None)
+        monitor = Monitor(self.images, bank, test, self.args, self.device)
+        if self.args.keep_best == "knn" and monitor.test is None:
+            raise InputError("training.keep_best: knn needs labeled training and test images; rankme needs none")
+        return MonitorCallback(monitor)
+
+    def _context(self) -> dict[str, Any]:
+        """What every event of a callback gets beside arguments, state and control."""
+        return {
+            "trainer": self,
+            "model": self.method,
+            "processing_class": None,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.scheduler,
+            "train_dataloader": self.loader,
+            "eval_dataloader": None,
+        }
+
+    @property
+    def model(self) -> SSLMethod:
+        """The method that is trained, with its encoder and heads."""
+        return self.method
 
     @property
     def encoder(self) -> nn.Module:
-        """The encoder that is being trained, whole; while sharded training runs, as it was at the last evaluation."""
+        """The encoder, with full weights; while FSDP trains, as it was at the last evaluation."""
         return self.method.encoder
 
     @property
@@ -119,105 +264,144 @@ class SSLTrainer:
     @property
     def sharded(self) -> bool:
         """Whether this process trains a part of each weight; alone it has all of them."""
-        return self.arguments.sharding == "full" and self.accelerator.num_processes > 1
+        return self.args.fsdp and self.accelerator.num_processes > 1
 
-    def _prepare_method(self, method: SSLMethod) -> SSLMethod:
-        arguments = self.arguments
-        images = arguments.batch_size // self.accelerator.num_processes
-        use_global_batch_norm(method, images_per_view=images if arguments.batch_norm == "per_view" else None)
-        method.prepare_chunks(arguments.forward_chunks, recompute_blocks=arguments.gradient_checkpointing)
-        if arguments.channels_last:
-            method.use_channels_last()
-        if arguments.compile and not self.sharded:
-            for encoder in method.encoders():
-                encoder.compile()  # in place: the names in the state dict do not change
-        return method.train()
+    @property
+    def log_history(self) -> list[dict[str, float]]:
+        """The log lines so far, each with its `step`; names of an evaluation begin with "eval_"."""
+        return self.state.log_history
 
-    def train(self, *, resume: bool = False, on_start: Callable[[], None] = lambda: None) -> None:
-        """Runs to the end, writing metrics, spectra and checkpoints into the run folder.
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback, or a class of one."""
+        self.callbacks.add(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Removes a callback, or all of a class."""
+        self.callbacks.remove(callback)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
+        """Runs to the end; writes recipe, metrics, spectra, checkpoints and the encoder into the run's folder.
 
         Processes stay connected, so that the encoder can be evaluated; `accelerator.end_training()` parts them.
 
         Args:
-            resume: Continues from the newest valid checkpoint; without one, starts at step 0.
-            on_start: Called by the main process once the folder is this run's and locked, before the first step.
+            resume_from_checkpoint: True continues from the newest valid checkpoint of the folder, and starts at step 0
+                where there is none; a path continues from that checkpoint.
+
+        Returns:
+            `global_step`, `training_loss` (the mean of the last log line) and `metrics`, those of the last evaluation.
 
         Raises:
             InputError: The folder is not this run's, or is in use, or cannot be written.
             NonFiniteLossError: The loss became NaN or infinite.
             TrainingInterrupted: A signal asked the run to stop; the state is saved.
         """
-        with self._locked(), StopRequest(self.accelerator) as stop_request:
-            start = self._resume() if resume else 0
+        with self._locked(bool(resume_from_checkpoint)), StopRequest(self.accelerator) as stop_request:
+            if self.evaluation.baselines and not self.baselines:
+                self.baselines = finish.measure_baselines(self)
+            start, stopped = self._resume(resume_from_checkpoint) if resume_from_checkpoint else (0, False)
+            self.state.global_step, self.state.epoch = start, start / self.loader.steps_per_epoch
             if self.accelerator.is_main_process:
-                on_start()
-            self.accelerator.init_trackers("hf_ssl_or", config=flatten(self.recipe))
+                write_recipe(self.recipe, self.run_dir / "recipe.yaml")
+                finish.write_preview(self)
             self._offload_encoder()
-            with self.saver:
-                self._run(start, stop_request)
+            with ExitStack() as stack:
+                for callback in self.callbacks.items:
+                    if isinstance(callback, SSLCallback):
+                        stack.enter_context(callback.running(self))
+                self.callbacks.call("on_train_begin")
+                started = time.perf_counter()
+                if not stopped:
+                    self._run(start, stop_request)
+                self.train_seconds = time.perf_counter() - started
+                self.callbacks.call("on_train_end")
+            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 self.store.clean()  # a run that was killed in its very last save has none that would
             self._update_encoder()
+            self.save_model()
+        return self._output()
 
     def _run(self, start: int, stop_request: StopRequest) -> None:
-        log = MetricLog(self.run_dir / "metrics.jsonl", self.accelerator, start)
-        clock = Clock(self.loader, self.arguments.batch_size)
-        with RunProgress(start, self.total_steps, enabled=self.accelerator.is_main_process) as progress:
-            for batch in self.loader.batches(start, self.total_steps):
-                self.training_step(batch)
-                clock.tick()
-                progress.advance()
-                done = batch.step + 1
-                if done % self.arguments.log_every == 0 or done == self.total_steps:
-                    values = self._fetch(done) | clock.read() | {"epoch": done / self.loader.steps_per_epoch}
-                    log.write("train", batch.step, values)
-                    progress.show(values)
-                stop = stop_request.asked(done)
-                self._maybe_evaluate_and_save(done, stop, log, progress)
-                clock.resume()
-                if stop and done < self.total_steps:
-                    raise TrainingInterrupted(f"stopped by {stop_request.name} after step {done}; its state is saved")
+        per_epoch, state = self.loader.steps_per_epoch, self.state
+        self.clock.resume()
+        for batch in self.loader.batches(start, self.total_steps):
+            if batch.step % per_epoch == 0:
+                self.callbacks.call("on_epoch_begin")
+            self.callbacks.begin_step()
+            self.callbacks.call("on_step_begin")
+            self.training_step(batch)
+            self.clock.tick()
+            state.global_step, state.epoch = batch.step + 1, (batch.step + 1) / per_epoch
+            self.callbacks.call("on_step_end")
+            if state.global_step % per_epoch == 0:
+                self.callbacks.call("on_epoch_end")
+            stop = self._log_evaluate_save(stop_request)
+            self.clock.resume()
+            if stop and stop_request.asked_by_signal and state.global_step < self.total_steps:
+                self.callbacks.call("on_train_end")
+                raise TrainingInterrupted(
+                    f"stopped by {stop_request.name} after step {state.global_step}; its state is saved"
+                )
+            if stop:
+                return
 
-    def _maybe_evaluate_and_save(self, done: int, stop: bool, log: MetricLog, progress: RunProgress) -> None:
-        """Does what is due after `done` steps: evaluates the encoder, saves a checkpoint, marks the best one."""
-        arguments, last = self.arguments, done == self.total_steps
-        epoch, rest = divmod(done, self.loader.steps_per_epoch)
-        look = arguments.monitor_every and (last or (rest == 0 and epoch % arguments.monitor_every == 0))
+    def _log_evaluate_save(self, stop_request: StopRequest) -> bool:
+        """Does what callbacks asked for after a step; says whether the run ends with it, on every process alike."""
+        control = self.callbacks.control
+        if control.should_log:
+            self.log(self._fetch())
+        if control.should_evaluate:
+            self._evaluate()
+        agree = control.should_evaluate or control.should_log
+        stop = stop_request.asked(self.state.global_step, self.callbacks.control.should_training_stop, agree=agree)
+        if self.callbacks.control.should_save or stop:
+            self._stopped = stop and not stop_request.asked_by_signal
+            self.callbacks.call("on_save")
+        return stop
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Hands numbers to the callbacks, and adds them to the history."""
+        logs = {**logs, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.callbacks.call("on_log", logs=logs)
+
+    def _evaluate(self) -> None:
+        self._update_encoder()
         values: dict[str, float] = {}
-        if look:
-            self._update_encoder()
-            values = self.monitor.evaluate(self.encoder, self.run_dir / "spectra" / f"step-{done}.npz")
-            self._offload_encoder()
-            log.write("monitor", done - 1, values)
-            progress.show_monitor(values)
-        if arguments.save_steps is not None:
-            save = done % arguments.save_steps == 0
-        else:
-            save = rest == 0 and epoch % arguments.save_every == 0
-        name = arguments.keep_best
-        best = (values[name], name) if name in values else None
-        if save or last or stop or best is not None:
-            self._save(done, best)
-        if last or stop:
-            self.saver.wait()
-            self.accelerator.wait_for_everyone()
+        for callback in self.callbacks.items:
+            if isinstance(callback, SSLCallback):
+                values |= callback.measure(self)
+        self._offload_encoder()
+        metrics = {f"eval_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.callbacks.call("on_evaluate", metrics=metrics)
+        value, state = metrics.get(f"eval_{self.args.metric_for_best_model}"), self.state
+        if value is not None and (state.best_metric is None or value > state.best_metric):
+            state.best_metric, state.best_global_step = value, state.global_step
 
     def training_step(self, batch: MultiViewBatch) -> SSLOutput:
         """One optimizer step on this process's part of the global batch; waits for nothing."""
-        arguments, step = self.arguments, batch.step
-        torch.manual_seed(hashed_seed(arguments.seed, "step", step, self.accelerator.process_index))
-        factor = learning_rate(step, self.total_steps, self.warmup_steps, arguments.optimizer)
-        set_learning_rate(self.optimizer, factor)
-        output = self.model(batch)
+        args, step = self.args, batch.step
+        torch.manual_seed(hashed_seed(args.seed, "step", step, self.accelerator.process_index))
+        if self.scheduler is None:
+            set_learning_rate(self.optimizer, learning_rate(step, self.total_steps, self.warmup_steps, args.optimizer))
+        output = self.wrapped_model(batch)
         self.accelerator.backward(output.loss)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()  # the penalty's gradient is not scaled
         self.regularizer.set_progress(step, self.total_steps)
         penalty = self.regularizer.add_gradients()
         values = {"loss": output.loss, **output.terms, "penalty": penalty}
-        if arguments.max_grad_norm is not None:
-            values["grad_norm"] = clip_gradients(self.parameters, arguments.max_grad_norm)
+        if args.max_grad_norm is not None:
+            values["grad_norm"] = clip_gradients(self.parameters, args.max_grad_norm)
+        self.callbacks.call("on_pre_optimizer_step")
         self.wrapped_optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.callbacks.call("on_optimizer_step")
         self.wrapped_optimizer.zero_grad(set_to_none=True)
         self.trained.on_step_end(step, self.total_steps)
         self.all_finite = self.all_finite & torch.isfinite(output.loss.detach()) & torch.isfinite(penalty)
@@ -225,7 +409,7 @@ class SSLTrainer:
         return output
 
     def _update_encoder(self) -> None:
-        """Brings a sharded run's weights to the whole encoder, and that to the device."""
+        """Brings a sharded run's weights to the full encoder, and that to the device."""
         if self.sharded:
             fsdp.update_full(self.encoder.to(self.device), self.trained.encoder)
 
@@ -233,38 +417,49 @@ class SSLTrainer:
         if self.sharded:
             self.encoder.cpu()
 
-    def _fetch(self, done: int) -> dict[str, float]:
+    def _fetch(self) -> dict[str, float]:
         """Brings the means since the last line to the host."""
-        self._check_finite(done)
-        self.saver.check()
-        return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
+        self._check_finite()
+        return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"], **self.clock.read()}
 
-    def _check_finite(self, done: int) -> None:
+    def _check_finite(self) -> None:
         if not self.all_finite:
-            raise self._not_finite("the loss is", done)
+            raise self._not_finite("the loss is")
 
-    def _check_weights(self, weights: dict[str, Tensor], done: int) -> None:
+    def _check_weights(self, weights: dict[str, Tensor]) -> None:
         """Refuses to save NaN: a gradient may be it where the loss is not, and the loss shows it a step later."""
         finite = [weight.isfinite().all() for weight in weights.values() if weight.is_floating_point()]
         if finite and not torch.stack(finite).all():
-            raise self._not_finite("weights are", done)
+            raise self._not_finite("weights are")
 
-    def _not_finite(self, what: str, done: int) -> NonFiniteLossError:
-        self.saver.wait()
-        last = self.store.latest()
+    def _not_finite(self, what: str) -> NonFiniteLossError:
+        for callback in self.callbacks.items:
+            if isinstance(callback, CheckpointCallback):
+                callback.saver.wait()
+        last, done = self.store.latest(), self.state.global_step
         good = f"last good checkpoint: {last}" if last else "no checkpoint was saved yet"
         return NonFiniteLossError(f"{what} not finite at or before step {done}; lower the learning rate; {good}")
 
+    def _output(self) -> TrainOutput:
+        history = self.state.log_history
+        loss = next((line["loss"] for line in reversed(history) if "loss" in line), float("nan"))
+        measured = next((line for line in reversed(history) if any(key.startswith("eval_") for key in line)), {})
+        return TrainOutput(self.state.global_step, loss, dict(measured))
+
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
-    def _save(self, done: int, best: tuple[float, str] | None) -> None:
-        self._check_finite(done)
+    def checkpoint(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Returns the state of the run, tensors and plain data; with FSDP gathered, on the main process alone.
+
+        Raises:
+            NonFiniteLossError: The loss or a weight is not finite.
+        """
+        self._check_finite()
         groups, state = self._state()
         if self.sharded:
             groups = fsdp.gather_groups(groups, keep=self.accelerator.is_main_process)
-        self._check_weights(groups.get("method", {}), done)
-        if self.accelerator.is_main_process:
-            self.saver.save(done, groups, state, best=best)
+        self._check_weights(groups.get("method", {}))
+        return groups, state
 
     def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors, entries = optimizer_tensors(self.optimizer)
@@ -274,19 +469,29 @@ class SSLTrainer:
             "orthogonality": self.regularizer.state_dict(),
         }
         scaler = self.accelerator.scaler
-        scaler_state = scaler.state_dict() if scaler is not None else {}
-        known = {"recipe": self.recipe, "images": self.images.fingerprint}
-        return groups, {"optimizer": entries, "scaler": scaler_state, **known}
+        state = {
+            "optimizer": entries,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "scheduler": {} if self.scheduler is None else scheduler_state(self.scheduler),
+            "callbacks": self.callbacks.state_dict(),
+            "best_metric": self.state.best_metric,
+            "best_global_step": self.state.best_global_step,
+            "stopped": self._stopped,
+            "recipe": identity(self.recipe),
+            "images": self.images.fingerprint,
+        }
+        return groups, state
 
-    def _resume(self) -> int:
-        path = self.store.latest()
-        newest = torch.tensor(0 if path is None else int(path.name.removeprefix("step-")), device=self.device)
+    def _resume(self, source: bool | str | Path) -> tuple[int, bool]:
+        """Loads a checkpoint; returns its step, and whether a callback had ended the run there."""
+        path = self.store.latest() if isinstance(source, bool) else Path(source)
+        newest = torch.tensor(0 if path is None else _step_of(path), device=self.device)
         if not bool((self.accelerator.gather(newest) == newest).all()):
             raise InputError(f"{self.run_dir}: machines see other checkpoints; use a folder that all of them share")
         if path is None:
-            return 0
+            return 0, False
         groups, state = self.store.load(path)
-        if difference := first_difference(state["recipe"], self.recipe):
+        if difference := first_difference(state["recipe"], identity(self.recipe)):
             raise InputError(f"{path}: made by another recipe: {difference}; use another run folder, or this recipe")
         if state.get("images", self.images.fingerprint) != self.images.fingerprint:
             warnings.warn(f"{self.images.name}: other images than those that {path} was trained on", stacklevel=2)
@@ -296,18 +501,101 @@ class SSLTrainer:
         self.regularizer.load_state_dict(groups["orthogonality"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        return int(state["step"])
+        if self.scheduler is not None and state["scheduler"]:
+            load_scheduler(self.scheduler, state["scheduler"])
+        self.callbacks.load_state_dict(state["callbacks"])
+        self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_global_step"]
+        step = int(state["step"])
+        self.state.log_history = _history(self.run_dir / "metrics.jsonl", step)
+        return step, bool(state["stopped"])
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, resume: bool) -> Iterator[None]:
         if not self.accelerator.is_main_process:
             yield
             return
+        if not resume and self.store.steps():
+            raise InputError(
+                f"{self.run_dir}: holds a run; train(resume_from_checkpoint=True) continues it, or give "
+                "another output_dir"
+            )
         with RunLock(self.run_dir):
             yield
 
+    # -- after training -----------------------------------------------------------------------------------------------
 
-def build_accelerator(arguments: SSLTrainingArguments, run_dir: Path) -> Accelerator:
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Evaluates the encoder by the evaluators, and writes `results.json`.
+
+        Args:
+            eval_dataset: Other labeled images; then nothing is written.
+
+        Returns:
+            Named numbers, "eval_<protocol>_<metric>" and "eval_<collapse measure>"; the same on every process.
+        """
+        labeled = self.labeled
+        if eval_dataset is not None:
+            channels = self.images.preprocessing.num_channels
+            arguments = resolve_data(eval_dataset, None, self.encoder)
+            labeled = load_eval_object(eval_dataset, arguments, num_channels=channels, like=self.images.preprocessing)
+        measured = finish.evaluate(self, labeled)
+        if eval_dataset is None:
+            self.results = finish.write_results(self, measured)
+        metrics = finish.flat_metrics(measured)
+        self.callbacks.call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Writes the folder that `from_pretrained` loads; the main process writes.
+
+        Args:
+            output_dir: None takes `encoder` in the run's folder.
+        """
+        folder = self.run_dir / "encoder" if output_dir is None else Path(output_dir)
+        if self.accelerator.is_main_process:
+            self.write_encoder(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def write_encoder(self, folder: Path) -> None:
+        """Writes the encoder as it is now: weights, configuration with provenance, image processor."""
+        finish.write_encoder(
+            self.encoder, folder, recipe=self.recipe, images=self.images, steps=self.state.global_step
+        )
+
+    def push_to_hub(self, repo_id: str | None = None, **options: Any) -> Any:
+        """Pushes the run's encoder with its card and results, see `hf_ssl_or.hub.push.push_to_hub`.
+
+        Args:
+            repo_id: "owner/name"; None takes `args.push_to`.
+            **options: Such as `private`, `revision`, `license`.
+        """
+        repo_id = repo_id or self.args.push_to
+        if repo_id is None:
+            raise InputError("push_to_hub: name the repository, owner/name")
+        result = None
+        if self.accelerator.is_main_process:
+            check_destination(repo_id)
+            result = push_to_hub(self.run_dir, repo_id, **options)
+        self.accelerator.wait_for_everyone()
+        return result
+
+
+def load_sets(
+    train_dataset: Any, eval_dataset: Any, data: Any, num_channels: int
+) -> tuple[ImageSet, tuple[ImageSet, ImageSet] | None]:
+    """Loads the training images, and the labeled ones that the encoder is evaluated on, where there are any."""
+    images = load_dataset_object(train_dataset, data, split=data.train_split, num_channels=num_channels)
+    like = images.preprocessing
+    if eval_dataset is not None:
+        return images, load_eval_object(eval_dataset, data, num_channels=num_channels, like=like)
+    if isinstance(train_dataset, str | Path):
+        own = images if data.fraction == 1 and not data.streaming else None
+        return images, load_labeled(data, num_channels=num_channels, like=like, train=own, required=False)
+    return images, None
+
+
+def build_accelerator(args: SSLTrainingArguments, run_dir: str | Path) -> Accelerator:
     """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway).
 
     What it would take from the environment is given here, since the recipe alone decides.
@@ -315,45 +603,66 @@ def build_accelerator(arguments: SSLTrainingArguments, run_dir: Path) -> Acceler
     Raises:
         InputError: The environment or the hardware does not go with the recipe.
     """
-    cpu = arguments.device == "cpu" or not torch.cuda.is_available() or cpu_is_forced()
+    cpu = args.device == "cpu" or not torch.cuda.is_available() or cpu_is_forced()
     refuse_launcher_settings(
         device="cpu" if cpu else "cuda",
-        mixed_precision=arguments.mixed_precision,
-        accumulation_steps=arguments.forward_chunks,
+        mixed_precision=args.mixed_precision,
+        accumulation_steps=args.forward_chunks,
     )
-    if arguments.mixed_precision == "fp16" and cpu:
+    if args.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")
     if cpu:
         keep_freed_memory()
     return Accelerator(
         cpu=cpu,
-        mixed_precision=arguments.mixed_precision,
+        mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend=DynamoBackend.NO,
-        log_with=list(arguments.trackers) or None,
+        log_with=list(args.trackers) or None,
         project_dir=str(run_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
 
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Names the first key where two recipes differ, with both values; None when they agree."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
-    return None if old == new else f"{path} was {old!r}, is {new!r}"
+def _penalty_settings(given: OrthogonalityConfig | Mapping[str, Any] | None) -> OrthogonalityConfig:
+    if given is None:
+        return OrthogonalityConfig(penalty="none")
+    if isinstance(given, OrthogonalityConfig):
+        return given
+    try:
+        return OrthogonalityConfig.from_dict(dict(given))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
-def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | float | bool]:
-    """Flattens nested settings to dotted names, as trackers want them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in nested.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            flat |= flatten(value, name)
-        else:
-            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat
+def _objects(
+    objects: list[str], train: Any, test: Any, views: Sequence[Any], optimizers: tuple[Any, Any], callbacks: Any
+) -> list[str]:
+    """Names what of a run was handed over as Python objects."""
+    paths = str | Path
+    found = {
+        "train_dataset": not isinstance(train, paths),
+        "eval_dataset": test is not None and not isinstance(test, paths),
+        "views": not all(isinstance(view, ViewSpec) for view in views),
+        "optimizers": optimizers[0] is not None,
+        "callbacks": bool(callbacks),
+    }
+    return [*objects, *(name for name, is_object in found.items() if is_object)]
+
+
+def _step_of(path: Path) -> int:
+    name = path.name.removeprefix("step-")
+    if not name.isdecimal() or not path.is_dir():
+        raise InputError(f"{path}: is no checkpoint; give a folder such as RUN/checkpoints/step-100, or True")
+    return int(name)
+
+
+def _history(path: Path, start: int) -> list[dict[str, float]]:
+    """Reads the log lines before a step back into the form of the history."""
+    lines = []
+    for line in read_metrics(path).lines:
+        if line["step"] < start:
+            prefix = "eval_" if line["kind"] == "monitor" else ""
+            values = {f"{prefix}{key}": value for key, value in line.items() if key not in ("kind", "step", "epoch")}
+            lines.append({**values, **({"epoch": line["epoch"]} if "epoch" in line else {}), "step": line["step"] + 1})
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,19 +15,12 @@ from test_features import NORMAL, Encoder, image_set
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation import evaluator
-from hf_ssl_or.evaluation.evaluator import (
-    EvaluationArguments,
-    available_protocols,
-    evaluate_encoder,
-    evaluate_features,
-    get_protocol,
-)
+from hf_ssl_or.evaluation import evaluator, protocols
+from hf_ssl_or.evaluation.evaluator import EvaluationArguments, evaluate_encoder, evaluate_features
 from hf_ssl_or.evaluation.features import extract_features, pixel_features
-from hf_ssl_or.evaluation.protocols.base import Protocol
+from hf_ssl_or.evaluation.protocols import LabeledFeatures, Protocol, available_protocols, get_protocol
 from hf_ssl_or.evaluation.protocols.knn import KnnProtocol, knn_accuracy
 from hf_ssl_or.evaluation.protocols.linear_probe import GradientProtocol
-from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.structures import ViewSpec
 
 HASHES = {
@@ -76,7 +70,7 @@ def quick(monkeypatch) -> None:
         GradientProtocol(name="linear-sgd", **linear),
         GradientProtocol(name="linear-averaged-views", num_views=2, views=(ViewSpec(),), **linear),
     ]
-    monkeypatch.setattr(evaluator, "_PROTOCOLS", {p.name: p for p in known})
+    monkeypatch.setattr(protocols, "_PROTOCOLS", {p.name: p for p in known})
 
 
 def run(arguments: EvaluationArguments, **changes):
@@ -88,7 +82,9 @@ def test_results_say_how_they_came_about(quick) -> None:
     arguments = EvaluationArguments(protocols=["knn", "linear-sgd"], seeds=[0, 1, 2], train_limit=30)
     results = json.loads(json.dumps(run(arguments)))
     knn, linear = results["evaluations"]
-    assert list(knn) == ["protocol", "protocol_hash", "settings", "seeds", "headline", "metrics", "data"]
+    assert list(knn) == [
+        *("protocol", "protocol_hash", "settings", "seeds", "headline", "greater_is_better", "metrics", "data")
+    ]
     assert knn["protocol_hash"] == get_protocol("knn").hash and knn["settings"]["k"] == [3, 5]
     assert knn["headline"] == "top1_k3"
     assert knn["seeds"] == [] and linear["seeds"] == [0, 1, 2]
@@ -164,24 +160,75 @@ def test_raw_pixels_of_cifar10(real_data: Path) -> None:
     assert 24 < accuracy["top1_k20"] < 36
 
 
-class CountImages(Protocol):
-    """A protocol that looks at images: gives their numbers and the seed."""
+@pytest.fixture
+def own_protocol():
+    """The class of the first example of docs/evaluation.md."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    names = {"__name__": "notebook"}
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(compile(code, "evaluation.md", "exec", dont_inherit=True), names)
+    return names["NearestMean"]
 
-    seeded: ClassVar[bool] = True
+
+def test_a_protocol_of_your_own_is_passed_beside_names(quick, own_protocol) -> None:
+    train, test = image_set(40), image_set(15)
+    results = run(EvaluationArguments(seeds=[0, 1]), evaluators=["knn", own_protocol()], train=train, test=test)
+    knn, own = results["evaluations"]
+    assert knn["protocol"] == "knn" and own["protocol"] == own["settings"]["name"] == "nearest-mean"
+    x, y = (extract_features(Encoder(), images, **NORMAL) for images in (train, test))
+    means = torch.stack([x[train.labels == label].mean(0) for label in range(3)])
+    expected = 100 * float((torch.cdist(y, means).argmin(1) == test.labels).double().mean())
+    assert own["metrics"]["top1"]["values"] == [pytest.approx(expected)] and own["seeds"] == []
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_the_class_of_a_protocol_of_your_own_is_in_its_hash(own_protocol) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Error(own_protocol):
+        greater_is_better: ClassVar[bool] = False
+        least: object = 1
+
+        @property
+        def primary_metric(self) -> str:
+            return "error"
+
+    assert own_protocol().settings()["class"] == "notebook.NearestMean"
+    assert own_protocol().hash != Error().hash != Error(least=2).hash
+    assert "class" not in KnnProtocol(name="mine").settings()
+    data = LabeledFeatures(torch.randn(12, 3), torch.arange(12) % 2)
+    with pytest.raises(InputError, match="run does not return its primary metric 'error'; it returns"):
+        evaluate_features(Error(), data.features_NF, data.labels_N, data.features_NF, data.labels_N)
+    with pytest.raises(InputError, match="nearest-mean: settings must be plain values or tuples of them"):
+        _ = Error(least=object()).hash
+
+
+@pytest.mark.parametrize(
+    ("evaluators", "message"),
+    [
+        (["kn"], "unknown evaluation protocol 'kn'"),
+        ("knn", r"evaluators: a list is wanted; write \['knn'\]"),
+        ([KnnProtocol], r"is neither a Protocol nor the name of one; make an object of it: KnnProtocol\(...\)"),
+        ([7], "evaluators: 7 is neither a Protocol nor the name of one$"),
+        (["knn", KnnProtocol(name="knn", k=(3,))], "evaluators: two are named 'knn'; give one another name"),
+    ],
+)
+def test_bad_evaluators_are_refused(evaluators, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(EvaluationArguments(), evaluators=evaluators)
+
+
+class CountImages(Protocol):
+    """A protocol of images: returns their numbers and the seed."""
 
     def run_on_images(self, encoder, train, test, *, seed, **options) -> dict[str, float]:
         assert options == {"device": "cpu", "progress": False, "mixed_precision": "no"}
         return {"top1": float(len(train) + 100 * len(test) + 10_000 * seed)}
 
 
-def test_a_protocol_may_evaluate_images(monkeypatch) -> None:
-    monkeypatch.setattr(evaluator, "_PROTOCOLS", {"count": CountImages(name="count")})
-    arguments = EvaluationArguments(protocols=["count"], seeds=[0, 1], train_limit=30)
-    encoder = create_encoder("resnet18", image_size=12, channels=[8, 8, 8, 8], stem="small")
-    (entry,) = evaluate_encoder(encoder, image_set(40), image_set(15), arguments, **NORMAL)["evaluations"]
+def test_a_protocol_may_evaluate_images() -> None:
+    arguments = EvaluationArguments(seeds=[0, 1], train_limit=30)
+    (entry,) = run(arguments, evaluators=[CountImages(name="count")])["evaluations"]
     assert (
         entry["metrics"]["top1"]["values"] == [1530, 11530]
         and entry["protocol_hash"] == CountImages(name="count").hash
     )
-    with pytest.raises(InputError, match="count: trains encoders of this package only, not Encoder"):
-        run(arguments)

@@ -1,4 +1,4 @@
-"""Each metric loads by its path in a fresh process without a network, and gives the package's own numbers."""
+"""Each metric loads by its path in a fresh process without a network; the package computes its numbers by them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 import yaml
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation import metrics
 from hf_ssl_or.evaluation.collapse import alpha_req, lidar, rankme
-from hf_ssl_or.evaluation.metrics import available_metrics, metric_path
-from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
+from hf_ssl_or.evaluation.collapse.spectra import eigenvalues
+from hf_ssl_or.evaluation.metrics import available_metrics, compute_metric, metric_path
+from hf_ssl_or.evaluation.protocols.base import accuracies, best_classes
 
-pytest.importorskip("evaluate")
-
-NAMES = ["alpha_req", "knn_accuracy", "lidar", "rankme", "top_k_accuracy"]
+NAMES = ["alpha_req", "lidar", "rankme", "top_k_accuracy"]
 LOAD_ALL = """
 import json, re, socket, sys
 def refuse(*arguments, **named): raise OSError("the network was asked for")
@@ -42,11 +42,7 @@ results = {
     "alpha_req": metric["alpha_req"].compute(predictions=arrays["features"], fit_range=(5, 15)),
     "lidar": metric["lidar"].compute(predictions=arrays["views"], delta=0.01),
     "top_k_accuracy": metric["top_k_accuracy"].compute(
-        predictions=arrays["scores"], references=arrays["labels"], k=[1, 3]
-    ),
-    "knn_accuracy": metric["knn_accuracy"].compute(
-        predictions=arrays["features"], references=arrays["labels"], bank=arrays["bank"],
-        bank_labels=arrays["bank_labels"], k=(5, 20),
+        predictions=arrays["predicted"], references=arrays["labels"], k=[1, 3]
     ),
     "names": [m.name for m in metric.values()],
     "cards": {name: [m.description, m.citation, m.inputs_description] for name, m in metric.items()},
@@ -57,8 +53,9 @@ def refused(name, **inputs):
 results["refused"] = [
     refused("rankme", predictions=[[float("nan"), 1.0], [0.0, 1.0]]),
     refused("alpha_req", predictions=arrays["features"][:3]),
-    refused("top_k_accuracy", predictions=[[0.1, 0.2]], references=[2]),
-    refused("top_k_accuracy", predictions=[[0.1, 0.2]], references=[1], k=0),
+    refused("top_k_accuracy", predictions=[[1, 2]], references=[-1]),
+    refused("top_k_accuracy", predictions=[[1, 2]], references=[1], k=0),
+    refused("top_k_accuracy", predictions=[[1, 2], [1]], references=[1, 1]),
 ]
 examples = {}
 for name, path in paths.items():
@@ -78,10 +75,8 @@ def arrays() -> dict[str, np.ndarray]:
     return {
         "features": rng.normal(size=(60, 20)) * np.linspace(0.1, 2, 20),
         "views": rng.normal(size=(30, 1, 8)) + 0.3 * rng.normal(size=(30, 4, 8)),
-        "scores": rng.integers(4, size=(60, 6)).astype(float),  # with ties
+        "predicted": np.argsort(rng.normal(size=(60, 6)), axis=1)[:, :4],
         "labels": rng.integers(3, size=60),
-        "bank": rng.normal(size=(50, 20)),
-        "bank_labels": rng.integers(3, size=50),
     }
 
 
@@ -108,23 +103,59 @@ def test_the_numbers_are_those_of_the_package(results: dict[str, Any], arrays: d
         "fit_range": [5, 15],
     }
     assert results["lidar"]["lidar"] == pytest.approx(lidar(arrays["views"], 0.01), rel=1e-10)
-    tensors = [torch.from_numpy(arrays[name]) for name in ("bank", "bank_labels", "features", "labels")]
-    percent = knn_accuracy(*tensors, k=(5, 20))
-    assert results["knn_accuracy"] == {name: pytest.approx(value / 100) for name, value in percent.items()}
+    hits = arrays["predicted"] == arrays["labels"][:, None]
+    assert results["top_k_accuracy"] == {f"top_{k}_accuracy": hits[:, :k].any(1).mean() for k in (1, 3)}
 
 
-def test_top_k_counts_equal_scores_by_class(results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    best = np.argsort(-arrays["scores"], axis=1, kind="stable")
-    hits = best == arrays["labels"][:, None]
-    expected = {f"top_{k}_accuracy": pytest.approx(hits[:, :k].any(1).mean()) for k in (1, 3)}
-    assert results["top_k_accuracy"] == expected
+def test_spectra_stand_for_features(arrays: dict[str, np.ndarray]) -> None:
+    """What the package passes: a number per dimension, which no rounding touches on its way."""
+    features = arrays["features"]
+    values = np.linalg.svd(features, compute_uv=False)
+    assert compute_metric("rankme", predictions=values)["rankme"] == pytest.approx(rankme(features), rel=1e-10)
+    spectrum = eigenvalues(features)
+    found = compute_metric("alpha_req", predictions=spectrum, fit_range=(5, 15))
+    assert found["alpha_req"] == float(alpha_req(features, (5, 15)))
+    assert compute_metric("lidar", predictions=np.ones(7), eps=0.0)["lidar"] == pytest.approx(7)
+    with pytest.raises(InputError, match="alpha_req: 0 positive eigenvalues in the range"):
+        compute_metric("alpha_req", predictions=spectrum[:3])
+    assert compute_metric("alpha_req", predictions=spectrum, fit_range=(5, 15)) == found, "a refusal leaves nothing"
+
+
+@pytest.mark.parametrize("classes", [1, 3, 9])
+def test_of_equal_scores_the_lower_class_is_the_better(classes: int) -> None:
+    scores = torch.randint(4, (200, classes), generator=torch.Generator().manual_seed(0)).float()
+    scores[scores == 3] = -torch.inf
+    expected = np.argsort(-scores.numpy(), axis=1, kind="stable")
+    expected[np.take_along_axis(scores.numpy(), expected, 1) == -np.inf] = -1
+    best = best_classes(scores)
+    np.testing.assert_array_equal(best, expected[:, :5])
+    labels = torch.arange(200) % classes
+    hits = expected == labels[:, None].numpy()
+    assert accuracies(best, labels) == {k: pytest.approx(100 * hits[:, :k].any(1).mean(), rel=1e-12) for k in (1, 5)}
+
+
+def test_a_metric_is_loaded_once(monkeypatch) -> None:
+    compute_metric("rankme", predictions=np.ones(2))
+    monkeypatch.setattr("evaluate.load", None)
+    assert compute_metric("rankme", predictions=np.ones(2), eps=0.0)["rankme"] == pytest.approx(2)
+
+
+def test_caches_that_cannot_be_written_are_named(monkeypatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/root/.cache")
+
+    monkeypatch.setattr("evaluate.load", refuse)
+    metrics._load.cache_clear()
+    with pytest.raises(InputError, match=r"evaluate cannot write its caches \(.*/root/.cache'\); set HF_HOME"):
+        compute_metric("rankme", predictions=np.ones(2))
 
 
 def test_bad_input_is_refused_in_one_line(results: dict[str, Any]) -> None:
-    nan, short, label, k = results["refused"]
+    nan, short, label, k, ragged = results["refused"]
     assert nan == "features: 1 of 2 rows hold NaN or infinite values"
     assert short.startswith("alpha_req: 0 positive eigenvalues in the range (3, 100)")
-    assert label.startswith("references: classes must be from 0 to 1") and k == "k: at least 1, not 0"
+    assert label == "references: classes count from 0, not -1" and k == "k: at least 1, not 0"
+    assert ragged == "predictions: every row must name as many classes"
 
 
 def test_the_examples_of_the_cards_give_what_they_say(results: dict[str, Any]) -> None:
@@ -133,7 +164,6 @@ def test_the_examples_of_the_cards_give_what_they_say(results: dict[str, Any]) -
     assert examples["alpha_req"]["alpha_req"] == pytest.approx(1, abs=0.05)
     assert examples["lidar"]["lidar"] == pytest.approx(8, abs=0.5)
     assert examples["top_k_accuracy"] == {"top_1_accuracy": 0.5, "top_2_accuracy": 0.5}
-    assert examples["knn_accuracy"] == {"top1_k2": 1.0, "top5_k2": 1.0}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,10 +180,3 @@ def test_metrics_are_found_by_name(results: dict[str, Any]) -> None:
     assert available_metrics() == results["names"] == NAMES
     with pytest.raises(InputError, match="unknown metric 'rank_me': did you mean 'rankme'"):
         metric_path("rank_me")
-
-
-def test_the_package_itself_does_not_need_evaluate() -> None:
-    package = Path(metric_path("rankme")).parents[2]
-    scripts = {package / "evaluation" / "metrics" / name / f"{name}.py" for name in NAMES}
-    for path in set(package.rglob("*.py")) - scripts:
-        assert not re.search(r"^\s*(?:import|from) evaluate\b", path.read_text(), re.MULTILINE), path

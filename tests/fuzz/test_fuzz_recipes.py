@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mutations import fuzz, mutated, result_or_one_line
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict, write_recipe
+from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
+from hf_ssl_or.training.description import write_recipe
 
 VALID = recipe_from_dict(
     {
@@ -46,7 +47,7 @@ def reads_back(recipe: Recipe, folder: Path) -> None:
     """A checkpoint stores the recipe as JSON and compares it on resume; a run's folder stores it as YAML."""
     plain = recipe.to_dict()
     assert json.loads(json.dumps(plain)) == plain
-    write_recipe(recipe, folder / "resolved.yaml")
+    write_recipe(recipe.to_dict(), folder / "resolved.yaml")
     assert load_recipe(folder / "resolved.yaml").to_dict() == plain
 
 

@@ -19,10 +19,9 @@ from mutations import damaged, fuzz, mutated, result_or_one_line
 
 from hf_ssl_or.hub.card import build_card, card_files, comparison_table
 from hf_ssl_or.report.html import plot_figures, render_page
-from hf_ssl_or.report.run_reader import read_runs
+from hf_ssl_or.runs.reader import read_metrics, read_runs
 from hf_ssl_or.training import checkpoint
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.log import read_metrics
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ LINES = b'{"kind": "train", "step": 0, "loss": 1.5}\n{"kind": "monitor", "step":
 )
 def test_a_damaged_log(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    for line in read_metrics(tmp_path / "metrics.jsonl"):
+    for line in read_metrics(tmp_path / "metrics.jsonl").lines:
         assert isinstance(line["kind"], str) and isinstance(line["step"], int)
 
 

@@ -1,4 +1,4 @@
-"""What tests of methods share: a tiny encoder that looks like a transformers model, with or without batch norm."""
+"""What tests of methods share: a tiny encoder, with or without batch norm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
 
@@ -22,9 +23,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class TinyEncoder(nn.Module):
+class TinyEncoder(SSLModel):  # methods take it as it is
     def __init__(self, batch_norm: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without timm's net
         norm = nn.BatchNorm2d(8) if batch_norm else nn.GroupNorm(2, 8)
         self.layers = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False), norm, nn.ReLU(inplace=True), nn.Conv2d(8, 16, 3), nn.ReLU()

@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import BarlowTwinsLoss
 
-from hf_ssl_or.methods.barlow_twins import Config, Method, auto_beta, barlow_twins_loss
+from hf_ssl_or.methods.barlow_twins import BarlowTwins, BarlowTwinsConfig, auto_beta, barlow_twins_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 
@@ -86,10 +86,10 @@ def test_the_method_standardizes_as_its_settings_say(tiny_encoder):
     torch.manual_seed(0)
     views_VBCHW = torch.randn(3, 6, 3, 8, 8)
     batch = MultiViewBatch(views_VBCHW=views_VBCHW, index_B=torch.arange(6))
-    config = Config(projector_hidden=8, projector_dim=4, standardize="all_views")
-    method = Method(tiny_encoder(), config, num_views=3, batch_size=6)
+    config = BarlowTwinsConfig(projector_hidden=8, projector_dim=4, standardize="all_views")
+    method = BarlowTwins(tiny_encoder(), config)
     z_VND = method.projector(method.encode(views_VBCHW))
-    torch.testing.assert_close(method(batch).loss, reference_of_all_views(z_VND, method.beta))
+    torch.testing.assert_close(method(batch).loss, reference_of_all_views(z_VND, auto_beta(4)))
 
 
 def test_the_first_sum_is_that_of_each_view_against_the_others_up_to_a_factor():
@@ -117,9 +117,10 @@ def test_beta_follows_the_dimension(tiny_encoder):
     assert auto_beta(256) == pytest.approx(0.0195, rel=0.01)
     assert auto_beta(512) == pytest.approx(5 / 512)
     assert auto_beta(1024) == pytest.approx(2 / 1024)
-    sizes = {"num_views": 2, "batch_size": 4}
-    assert Method(tiny_encoder(), Config(projector_dim=128), **sizes).beta == 5 / 128
-    assert Method(tiny_encoder(), Config(beta=0.0051), **sizes).beta == 0.0051
+    z_VND = torch.randn(2, 6, 128)
+    for settings, beta in (({}, 5 / 128), ({"beta": 0.0051}, 0.0051)):
+        method = BarlowTwins(tiny_encoder(), projector_dim=128, **settings)
+        assert torch.equal(method.loss(z_VND, None)[0], barlow_twins_loss(z_VND, beta)[0])
 
 
 @pytest.mark.parametrize(
@@ -127,4 +128,4 @@ def test_beta_follows_the_dimension(tiny_encoder):
 )
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        BarlowTwinsConfig(**settings)

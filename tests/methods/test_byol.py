@@ -6,14 +6,13 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import NegativeCosineSimilarity
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.byol import Config, Method, byol_loss
+from hf_ssl_or.methods.byol import BYOL, BYOLConfig, byol_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 
 @pytest.fixture
 def method(tiny_encoder):
-    config = Config(projector_hidden=16, projector_dim=8, predictor_hidden=16)
-    return Method(tiny_encoder(), config, num_views=2, batch_size=6)
+    return BYOL(tiny_encoder(), projector_hidden=16, projector_dim=8, predictor_hidden=16)
 
 
 def test_two_views_equal_lightly_with_gradient():
@@ -69,4 +68,4 @@ def test_encoders_names_the_teacher_too(method):
 @pytest.mark.parametrize("settings", [{"momentum": 1.5}, {"final_momentum": -0.1}, {"predictor_hidden": 0}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        BYOLConfig(**settings)

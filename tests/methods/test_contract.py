@@ -30,13 +30,11 @@ def encoder(name, tiny_encoder, tiny_vit):
     return tiny_vit if get_method(name).needs_patches else tiny_encoder
 
 
-def small_config(name, **settings):
-    return get_method(name).config_class(**small_settings(name) | settings)
-
-
-def make_method(name, encoder, views=2, seed=0, **sizes):
+def make_method(name, encoder, views=2, seed=0, local_views=0, whitening=None):
     torch.manual_seed(seed)
-    return get_method(name)(encoder, small_config(name), num_views=views, batch_size=B, **sizes).train()
+    method = get_method(name)(encoder, whitening=whitening, **small_settings(name)).train()
+    method.prepare(num_views=views, batch_size=B, num_local_views=local_views)
+    return method
 
 
 def make_batch(views=2, dtype=torch.float32, local_views=0):
@@ -77,15 +75,15 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_for_every_trained_weight(na
 def test_local_views_take_part_or_are_refused(name, encoder):
     if not get_method(name).takes_local_views:
         with pytest.raises(InputError, match="views.local_count: .* takes no local views"):
-            make_method(name, encoder(), num_local_views=2)
+            make_method(name, encoder(), local_views=2)
         return
-    method = make_method(name, encoder(), num_local_views=2)
+    method = make_method(name, encoder(), local_views=2)
     output = method(make_batch(local_views=2))
     output.loss.backward()
     check_gradients(method)
     other = make_batch(local_views=2)
     other.local_views_VBCHW = other.local_views_VBCHW.flip(-1) + 1
-    assert make_method(name, encoder(), num_local_views=2)(other).loss != output.loss
+    assert make_method(name, encoder(), local_views=2)(other).loss != output.loss
 
 
 def test_the_order_of_the_views_does_not_matter_where_the_method_says_so(name, encoder):
@@ -227,7 +225,7 @@ def test_a_step_never_waits_for_the_device(name, encoder):
 def test_a_zero_where_none_can_be_is_refused_by_its_name(name, setting):
     if setting in {f.name for f in dataclasses.fields(get_method(name).config_class)}:
         with pytest.raises(Exception, match=f"{setting}.*(above 0|at least 1), not 0"):
-            small_config(name, **{setting: 0})
+            get_method(name)(nn.Identity(), **{setting: 0})
 
 
 @pytest.mark.parametrize("ask", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: x[x > 0], lambda x: x.tolist()])

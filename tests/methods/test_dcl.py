@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import DCLLoss
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.dcl import Config, dcl_loss
+from hf_ssl_or.methods.dcl import DCLConfig, dcl_loss
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -43,4 +43,4 @@ def test_a_low_temperature_does_not_overflow():
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": "low"}, {"projector_dim": 0}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        DCLConfig(**settings)

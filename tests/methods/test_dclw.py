@@ -7,7 +7,7 @@ from lightly.loss import DCLWLoss
 from torch.nn import functional as F
 
 from hf_ssl_or.methods.dcl import dcl_loss
-from hf_ssl_or.methods.dclw import Config, Method, dclw_loss
+from hf_ssl_or.methods.dclw import DCLW, DCLWConfig, dclw_loss
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
@@ -46,7 +46,7 @@ def test_a_large_sigma_gives_dcl():
 
 
 def test_the_method_takes_its_settings(tiny_encoder):
-    method = Method(tiny_encoder(), Config(temperature=0.3, sigma=0.2), num_views=3, batch_size=6)
+    method = DCLW(tiny_encoder(), temperature=0.3, sigma=0.2)
     z_VND = torch.randn(3, 6, 4)
     assert torch.equal(method.loss(z_VND, None)[0], dclw_loss(z_VND, 0.3, 0.2)[0])
 
@@ -54,4 +54,4 @@ def test_the_method_takes_its_settings(tiny_encoder):
 @pytest.mark.parametrize("settings", [{"sigma": 0}, {"sigma": "wide"}, {"temperature": -1}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        DCLWConfig(**settings)

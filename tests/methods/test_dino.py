@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import DINOLoss
 from torch import nn
 
-from hf_ssl_or.methods.dino import Config, Method, dino_loss
+from hf_ssl_or.methods.dino import DINO, DINOConfig, dino_loss
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.structures import MultiViewBatch
 
@@ -15,7 +15,7 @@ SMALL = {"projector_hidden": 16, "projector_dim": 8, "prototypes": 12, "freeze_p
 
 def make_method(encoder, views=2, local=0, **settings):
     torch.manual_seed(0)
-    return Method(encoder, Config(**SMALL | settings), num_views=views, batch_size=6, num_local_views=local).train()
+    return DINO(encoder, **SMALL | settings).train()
 
 
 def make_batch(views=2, local=0, step=0, size=8, dtype=torch.float32):
@@ -139,4 +139,4 @@ def test_local_views_of_another_size_and_real_encoders(name):
 )
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        DINOConfig(**settings)

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import FroSSLLoss
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.frossl import Config, frossl_loss
+from hf_ssl_or.methods.frossl import FroSSLConfig, frossl_loss
 
 
 def assert_same_with_gradient(loss, expected, z_VND):
@@ -79,4 +79,4 @@ def test_a_dimension_that_is_all_zero_is_left_out():
 
 def test_a_negative_weight_is_refused_by_name():
     with pytest.raises(StrictDataclassError, match="invariance_weight: must be at least 0"):
-        Config(invariance_weight=-1)
+        FroSSLConfig(invariance_weight=-1)

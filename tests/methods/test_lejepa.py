@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import LeJEPALoss
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.lejepa import Config, Method, _WaveSums, lejepa_loss, sigreg
+from hf_ssl_or.methods.lejepa import LeJEPA, LeJEPAConfig, _WaveSums, lejepa_loss, sigreg
 from hf_ssl_or.structures import MultiViewBatch
 
 
@@ -22,8 +22,7 @@ def directions(dim, count):
 
 @pytest.fixture
 def method(tiny_encoder):
-    config = Config(projector_hidden=16, projector_dim=8, directions=32)
-    return Method(tiny_encoder(), config, num_views=2, batch_size=6, num_local_views=1)
+    return LeJEPA(tiny_encoder(), projector_hidden=16, projector_dim=8, directions=32)
 
 
 def batch(**keys):
@@ -121,4 +120,4 @@ def test_half_precision_embeddings_give_a_float32_loss():
 )
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        LeJEPAConfig(**settings)

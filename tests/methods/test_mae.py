@@ -9,7 +9,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.decoder import sine_cosine_positions
-from hf_ssl_or.methods.mae import Config, Method, mae_loss, number_kept, patchify
+from hf_ssl_or.methods.mae import MAE, MAEConfig, mae_loss, number_kept, patchify
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality import OrthogonalityRegularizer
@@ -28,8 +28,7 @@ def make_method(encoder_settings=None, views=1, seed=0, **settings):
     torch.manual_seed(seed)
     small = {"image_size": SIZE, "patch_size": PATCH, "embed_dim": 16, "depth": 2, "num_heads": 2}
     encoder = create_encoder("vit_tiny", **small | (encoder_settings or {}))
-    config = Config(**{"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2} | settings)
-    return Method(encoder, config, num_views=views, batch_size=6)
+    return MAE(encoder, **{"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2} | settings)
 
 
 def make_batch(views=1, images=6, size=(SIZE, SIZE), seed=0, step=0):
@@ -275,7 +274,7 @@ def test_a_wrong_setting_is_refused_by_name(settings):
         "decoder_width: must be a multiple" if settings.keys() & {"decoder_width", "decoder_heads"} else [*settings][0]
     )
     with pytest.raises(StrictDataclassError, match=name):
-        Config(**{"decoder_width": 16, "decoder_heads": 2} | settings)
+        MAEConfig(**{"decoder_width": 16, "decoder_heads": 2} | settings)
 
 
 @pytest.mark.parametrize(
@@ -289,4 +288,4 @@ def test_an_encoder_that_cannot_be_masked_is_refused(encoder, message):
 
 def test_a_net_without_patches_is_refused(tiny_encoder):
     with pytest.raises(InputError, match="encoder.name: mae needs a vision transformer"):
-        Method(tiny_encoder(), Config(), num_views=1, batch_size=6)
+        MAE(tiny_encoder())

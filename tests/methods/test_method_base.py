@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pydoc
+import re
 
 import pytest
 import torch
@@ -8,8 +11,8 @@ from torch import nn
 
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.base import SSLMethod
-from hf_ssl_or.structures import ViewSpec
+from hf_ssl_or.methods import BYOL, BYOLConfig, MoCoV2, SSLMethod, WMSEConfig
+from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
 
 @dataclasses.dataclass
@@ -21,9 +24,6 @@ class Plain(SSLMethod):
     config_class = Config
     views = (ViewSpec(),)
     citation = "none"
-
-
-SIZES = {"num_views": 2, "batch_size": 4}
 
 
 @pytest.mark.parametrize("missing", ["config_class", "views", "citation"])
@@ -54,11 +54,73 @@ def test_an_abstract_class_may_leave_them_out():
 )
 def test_impossible_sizes_are_refused(tiny_encoder, sizes, message):
     with pytest.raises(InputError, match=message):
-        Plain(tiny_encoder(), Config(), **SIZES | sizes)
+        Plain(tiny_encoder()).prepare(**{"num_views": 2, "batch_size": 4} | sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proj_dim": 3}, "unknown setting of BYOL 'proj_dim': did you mean 'projector_dim'?"),
+        ({"momentum_teacher": 0.9}, "unknown setting of BYOL 'momentum_teacher': did you mean 'momentum'?"),
+        ({"num_views": 2}, "unknown setting of BYOL 'num_views': one of: final_momentum, momentum, predictor_hidden"),
+        ({"projector_dim": "wide"}, "BYOL: Field 'projector_dim' expected int, got str"),
+        ({"projector_dim": 0}, "BYOL: projector_dim: must be above 0, not 0"),
+        ({"config": BYOLConfig(), "momentum": 0.9}, "BYOL: give either config or settings (momentum), not both"),
+        ({"config": {"momentum": 0.9}}, "BYOL: config must be a BYOLConfig, not {'momentum': 0.9}"),
+        ({"config": WMSEConfig()}, "BYOL: config must be a BYOLConfig, not WMSEConfig("),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(tiny_encoder, settings, message):
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        BYOL(tiny_encoder(), **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_and_config_are_two_ways_to_say_the_same(tiny_encoder):
+    by_settings = BYOL(tiny_encoder(), projector_dim=8, predictor_hidden=16)
+    by_config = BYOL(tiny_encoder(), BYOLConfig(projector_dim=8, predictor_hidden=16))
+    assert by_settings.config == by_config.config and by_settings.name == "byol"
+    assert by_settings.settings()["projector_dim"] == 8 and by_settings.settings()["momentum"] == 0.99
+
+
+def test_the_signature_shows_the_settings_with_their_defaults():
+    parameters = inspect.signature(BYOL).parameters
+    assert [*parameters][:3] == ["encoder", "config", "whitening"]
+    assert parameters["config"].annotation == BYOLConfig | None
+    defaults = {name: setting.default for name, setting in [*parameters.items()][3:]}
+    assert defaults == dataclasses.asdict(BYOLConfig())
+    assert "projector_dim: int = 256" in pydoc.plain(pydoc.render_doc(BYOL))
+
+
+def test_an_encoder_that_cannot_be_adapted_is_one_clear_line(tiny_encoder, monkeypatch):
+    def refuse(encoder):
+        raise ValueError("encoder: gives no features")
+
+    monkeypatch.setattr("hf_ssl_or.methods.base.adapt_encoder", refuse)
+    with pytest.raises(InputError, match="^encoder: gives no features$"):
+        Plain(tiny_encoder())
+    with pytest.raises(InputError, match="^encoder: a module is wanted, which create_encoder makes of a name"):
+        Plain("resnet18")
+
+
+def batch_of(views, images=4):
+    return MultiViewBatch(views_VBCHW=torch.randn(views, images, 3, 8, 8), index_B=torch.arange(images))
+
+
+def test_the_first_batch_tells_the_sizes_where_nobody_did(tiny_encoder):
+    method = MoCoV2(tiny_encoder(), projector_hidden=16, projector_dim=8, queue_size=8)
+    assert method(batch_of(3)).loss.isfinite()
+    assert method.queue.features_QD.shape == (3, 8, 8) and method.num_views == 3
+    with pytest.raises(InputError, match="the queues are of 3 views, not 2"):
+        method(batch_of(2))
+    with pytest.raises(InputError, match="views.count: moco_v2 needs at least 2 views, not 1"):
+        method(batch_of(1))
+    with pytest.raises(InputError, match="method.queue_size: 8 is not a multiple of training.batch_size, 6"):
+        MoCoV2(tiny_encoder(), queue_size=8)(batch_of(2, images=6))
 
 
 def test_one_forward_encodes_all_views_in_order(tiny_encoder):
-    method = Plain(tiny_encoder(batch_norm=False), Config(), **SIZES)
+    method = Plain(tiny_encoder(batch_norm=False))
     views_VBCHW = torch.randn(3, 4, 3, 8, 8)
     features_VBF = method.encode(views_VBCHW)
     assert method.encoder.seen == [12]
@@ -67,7 +129,7 @@ def test_one_forward_encodes_all_views_in_order(tiny_encoder):
 
 
 def test_channels_last_changes_the_layout_and_not_the_features(tiny_encoder):
-    method = Plain(tiny_encoder().double(), Config(), **SIZES)
+    method = Plain(tiny_encoder().double())
     views_VBCHW = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
     before = method.encode(views_VBCHW)
     method.use_channels_last()
@@ -86,7 +148,7 @@ def test_chunks_bound_the_encoder_batch_and_keep_the_gradient(tiny_encoder, chun
     views_VBCHW = torch.randn(2, 6, 3, 8, 8, dtype=torch.float64)
     gradients = []
     for count in (1, chunks):
-        method = Plain(tiny_encoder(batch_norm=False).double(), Config(), **SIZES)
+        method = Plain(tiny_encoder(batch_norm=False).double())
         method.prepare_chunks(count)
         features = method.encode(views_VBCHW)
         (features[0] * features[1].roll(1, 0)).sum().square().backward()
@@ -99,7 +161,7 @@ def test_chunks_bound_the_encoder_batch_and_keep_the_gradient(tiny_encoder, chun
 
 def test_chunks_keep_no_activation_but_those_of_one_chunk(tiny_encoder):
     def saved_bytes(chunks):
-        method = Plain(tiny_encoder(batch_norm=False), Config(), **SIZES)
+        method = Plain(tiny_encoder(batch_norm=False))
         method.prepare_chunks(chunks)
         storages = {}
 
@@ -120,7 +182,7 @@ def test_an_encoder_with_batch_norm_recomputes_its_blocks_instead(tiny_encoder):
     asked = {}
     encoder = tiny_encoder(batch_norm=True)
     encoder.gradient_checkpointing_enable = lambda **kwargs: asked.update(kwargs)
-    method = Plain(encoder, Config(), **SIZES)
+    method = Plain(encoder)
     method.prepare_chunks(4)
     assert asked == {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     method.encode(torch.randn(2, 4, 3, 8, 8))
@@ -132,7 +194,7 @@ def test_parts_are_whole_views_where_each_view_has_statistics_of_its_own(tiny_en
     views_VBCHW = torch.randn(4, 3, 3, 8, 8, dtype=torch.float64)
     states, gradients = [], []
     for count in (1, chunks):
-        method = use_global_batch_norm(Plain(tiny_encoder().double(), Config(), **SIZES), 3)
+        method = use_global_batch_norm(Plain(tiny_encoder().double()), 3)
         method.prepare_chunks(count)
         features = method.encode(views_VBCHW)
         (features[0] * features[1:].mean(0).roll(1, 0)).sum().square().backward()
@@ -143,10 +205,27 @@ def test_parts_are_whole_views_where_each_view_has_statistics_of_its_own(tiny_en
     assert set(method.encoder.seen) == {3 * -(-4 // chunks)}
 
 
+@pytest.mark.parametrize("has_it", [False, True])
+def test_gradient_checkpointing_is_asked_for_only_where_it_is_needed(tiny_encoder, has_it):
+    method = Plain(tiny_encoder(batch_norm=True))
+    method.encoder = nn.Sequential(nn.BatchNorm2d(3))
+    if has_it:
+
+        def refuse(**kwargs):
+            raise ValueError("Sequential does not support gradient checkpointing.")
+
+        method.encoder.gradient_checkpointing_enable = refuse
+    method.prepare_chunks(1)
+    with pytest.raises(InputError, match="training.forward_chunks: .* batch statistics need here; leave it at 1"):
+        method.prepare_chunks(2)
+    with pytest.raises(InputError, match="training.gradient_checkpointing: this encoder has no .*; leave it at false"):
+        method.prepare_chunks(1, recompute_blocks=True)
+
+
 def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
     encoder = tiny_encoder(batch_norm=False)
     encoder.layers.append(nn.Dropout(0.5))
-    method = Plain(encoder, Config(), **SIZES)
+    method = Plain(encoder)
     method.prepare_chunks(2)
     method.train()
     weight = encoder.layers[3].weight
@@ -162,6 +241,6 @@ def test_dropout_is_repeated_when_a_chunk_is_recomputed(tiny_encoder):
 
 @pytest.mark.parametrize("images_per_view", [None, 4])
 def test_global_batch_norm_bears_in_place_activations(tiny_encoder, images_per_view):
-    method = use_global_batch_norm(Plain(tiny_encoder(), Config(), **SIZES), images_per_view)
+    method = use_global_batch_norm(Plain(tiny_encoder()), images_per_view)
     method.encode(torch.randn(2, 4, 3, 8, 8)).square().sum().backward()
     assert method.encoder.layers[0].weight.grad.isfinite().all()

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import MMCRLoss
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.mmcr import Config, Method, mmcr_loss, nuclear_norm, polar_factor
+from hf_ssl_or.methods.mmcr import MMCR, MMCRConfig, mmcr_loss, nuclear_norm, polar_factor
 from hf_ssl_or.structures import MultiViewBatch
 
 SHAPES = [(24, 24), (64, 16), (16, 64)]
@@ -120,8 +120,7 @@ def test_the_best_centroids_are_orthogonal_unit_vectors():
 
 
 def test_the_forward_takes_the_weight(tiny_encoder):
-    config = Config(projector_hidden=16, projector_dim=8, local_weight=0.5)
-    method = Method(tiny_encoder(), config, num_views=3, batch_size=6)
+    method = MMCR(tiny_encoder(), projector_hidden=16, projector_dim=8, local_weight=0.5)
     batch = MultiViewBatch(views_VBCHW=torch.randn(3, 6, 3, 8, 8), index_B=torch.arange(6))
     output = method(batch)
     torch.testing.assert_close(
@@ -131,4 +130,4 @@ def test_the_forward_takes_the_weight(tiny_encoder):
 
 def test_a_negative_weight_is_refused_by_name():
     with pytest.raises(StrictDataclassError, match="local_weight: must be at least 0"):
-        Config(local_weight=-0.1)
+        MMCRConfig(local_weight=-0.1)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.moco_v2 import Config, Method, moco_v2_loss
+from hf_ssl_or.methods.moco_v2 import MoCoV2, MoCoV2Config, moco_v2_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 N, Q, D = 4, 12, 5
@@ -43,9 +43,11 @@ def check_equal(loss, expected, q_VBD):
 
 
 def make_method(encoder, views=2, batch_norm=True, **settings):
-    config = Config(**{"projector_hidden": 16, "projector_dim": D, "queue_size": Q} | settings)
+    small = {"projector_hidden": 16, "projector_dim": D, "queue_size": Q}
     torch.manual_seed(0)
-    return Method(encoder(batch_norm), config, num_views=views, batch_size=N).double().train()
+    method = MoCoV2(encoder(batch_norm), **small | settings).double().train()
+    method.prepare(num_views=views, batch_size=N)
+    return method
 
 
 def make_batch(views, step=0):
@@ -173,4 +175,4 @@ def test_a_queue_that_the_batch_does_not_divide_is_refused(tiny_encoder):
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"queue_size": 0}, {"momentum": 2}, {"symmetric": 1}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        MoCoV2Config(**settings)

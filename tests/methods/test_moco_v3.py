@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_ssl_or.methods.functional import contrast
-from hf_ssl_or.methods.moco_v3 import Config, Method, moco_v3_loss
+from hf_ssl_or.methods.moco_v3 import MoCoV3, MoCoV3Config, moco_v3_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 
@@ -61,8 +61,7 @@ def test_contrast_is_chance_for_equal_keys_and_none_for_clear_ones():
 
 
 def make_method(encoder, **settings):
-    config = Config(**{"projector_hidden": 16, "projector_dim": 8, "predictor_hidden": 16} | settings)
-    return Method(encoder(), config, num_views=2, batch_size=6)
+    return MoCoV3(encoder(), **{"projector_hidden": 16, "projector_dim": 8, "predictor_hidden": 16} | settings)
 
 
 def test_the_forward_compares_predictions_with_the_teachers_keys(tiny_encoder):
@@ -91,4 +90,4 @@ def test_batch_norm_ends_the_projector_and_where_asked_the_predictor(tiny_encode
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"predictor_hidden": 0}, {"momentum": -1}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        MoCoV3Config(**settings)

@@ -7,16 +7,18 @@ from lightly.models.modules import NNMemoryBankModule
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.nnbyol import Config, Method
+from hf_ssl_or.methods.nnbyol import NNBYOL, NNBYOLConfig
 from hf_ssl_or.structures import MultiViewBatch
 
 N, Q, D = 6, 18, 8
 
 
 def make_method(encoder, views, **settings):
-    config = Config(**{"projector_hidden": 16, "projector_dim": D, "predictor_hidden": 16, "queue_size": Q} | settings)
+    small = {"projector_hidden": 16, "projector_dim": D, "predictor_hidden": 16, "queue_size": Q}
     torch.manual_seed(0)
-    return Method(encoder(), config, num_views=views, batch_size=N).double().train()
+    method = NNBYOL(encoder(), **small | settings).double().train()
+    method.prepare(num_views=views, batch_size=N)
+    return method
 
 
 def make_batch(views, step=0):
@@ -70,4 +72,4 @@ def test_a_queue_that_the_batch_does_not_divide_is_refused(tiny_encoder):
 @pytest.mark.parametrize("settings", [{"queue_size": 0}, {"predictor_hidden": 0}, {"momentum": 1.5}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        NNBYOLConfig(**settings)

@@ -7,7 +7,7 @@ from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNM
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.nnclr import Config, Method, nnclr_loss
+from hf_ssl_or.methods.nnclr import NNCLR, NNCLRConfig, nnclr_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 N, Q, D = 6, 18, 8
@@ -25,8 +25,8 @@ def plain_loss(neighbor_ND, p_ND, temperature):
 
 @pytest.fixture
 def method(tiny_encoder):
-    config = Config(projector_hidden=16, projector_dim=D, predictor_hidden=16, queue_size=Q)
-    return Method(tiny_encoder(), config, num_views=3, batch_size=N).double().train()
+    small = {"projector_hidden": 16, "projector_dim": D, "predictor_hidden": 16, "queue_size": Q}
+    return NNCLR(tiny_encoder(), **small).double().train()
 
 
 def make_batch(step=0):
@@ -85,10 +85,10 @@ def test_the_heads_are_lightlys(method):
 
 def test_a_queue_that_the_batch_does_not_divide_is_refused(tiny_encoder):
     with pytest.raises(InputError, match="method.queue_size: 4096 is not a multiple of training.batch_size, 6"):
-        Method(tiny_encoder(), Config(queue_size=4096), num_views=2, batch_size=6)
+        NNCLR(tiny_encoder(), queue_size=4096).prepare(num_views=2, batch_size=6)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"queue_size": 0}, {"predictor_hidden": -1}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        NNCLRConfig(**settings)

@@ -15,13 +15,13 @@ def rows(*shape, seed=0):
 
 
 def test_it_starts_with_random_unit_vectors():
-    features_QD = FeatureQueue(12, 5, 4).features_QD
+    features_QD = FeatureQueue(12, 5).features_QD
     torch.testing.assert_close(features_QD.norm(dim=1), torch.ones(12))
     assert (features_QD @ features_QD.T).fill_diagonal_(0).abs().max() < 0.999
 
 
 def test_it_keeps_what_lightly_keeps():
-    queue, bank = FeatureQueue(12, 5, 4), MemoryBankModule((12, 5))
+    queue, bank = FeatureQueue(12, 5), MemoryBankModule((12, 5))
     bank.bank.copy_(queue.features_QD)
     for step in range(7):
         features_ND = rows(4, 5, seed=step)
@@ -32,14 +32,15 @@ def test_it_keeps_what_lightly_keeps():
 
 
 def test_the_oldest_are_replaced_first():
-    queue = FeatureQueue(6, 1, 2)
+    queue = FeatureQueue(6, 1)
     for step in range(5):
         queue.push(torch.full((2, 1), float(step)))
     assert queue.features_QD.flatten().tolist() == [3, 3, 4, 4, 2, 2]
 
 
 def test_a_queue_per_view_is_as_many_queues():
-    together, apart = FeatureQueue(6, 5, 2, views=3), [FeatureQueue(6, 5, 2) for _ in range(3)]
+    together, apart = FeatureQueue(6, 5, per_view=True), [FeatureQueue(6, 5) for _ in range(3)]
+    together.prepare(2, 3)
     assert together.features_QD.shape == (3, 6, 5)
     for step in range(4):
         features_VND = rows(3, 2, 5, seed=step)
@@ -51,7 +52,7 @@ def test_a_queue_per_view_is_as_many_queues():
 
 @pytest.mark.parametrize("length", [1.0, 7.0])
 def test_the_nearest_is_lightlys(length):
-    queue, bank = FeatureQueue(64, 5, 4), NNMemoryBankModule((64, 5))
+    queue, bank = FeatureQueue(64, 5), NNMemoryBankModule((64, 5))
     bank.bank.copy_(queue.features_QD)
     z_VBD = length * rows(3, 8, 5, seed=1)
     nearest_VBD = queue.nearest(z_VBD)
@@ -61,14 +62,14 @@ def test_the_nearest_is_lightlys(length):
 
 
 def test_the_nearest_of_what_was_pushed_is_itself_without_gradient():
-    queue, features_ND = FeatureQueue(64, 5, 8), rows(8, 5)
+    queue, features_ND = FeatureQueue(64, 5), rows(8, 5)
     queue.push(features_ND)
     nearest_ND = queue.nearest((3 * features_ND).requires_grad_())
     assert torch.equal(nearest_ND, features_ND) and not nearest_ND.requires_grad
 
 
 def test_the_nearest_is_found_in_full_precision_under_autocast():
-    queue = FeatureQueue(4096, 8, 4)
+    queue = FeatureQueue(4096, 8)
     z_BD = rows(256, 8, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         nearest_BD = queue.nearest(z_BD)
@@ -78,7 +79,7 @@ def test_the_nearest_is_found_in_full_precision_under_autocast():
 
 
 def test_half_precision_comes_in_the_queues_own():
-    queue = FeatureQueue(4, 5, 4).double()
+    queue = FeatureQueue(4, 5).double()
     features_ND = (3 * rows(4, 5)).bfloat16()
     unit_ND = queue.unit(features_ND)
     assert unit_ND.dtype == torch.float64
@@ -88,7 +89,7 @@ def test_half_precision_comes_in_the_queues_own():
 
 
 def test_its_state_is_saved_with_its_position():
-    queue, other = FeatureQueue(6, 5, 2), FeatureQueue(6, 5, 2)
+    queue, other = FeatureQueue(6, 5), FeatureQueue(6, 5)
     queue.push(rows(2, 5))
     other.load_state_dict(queue.state_dict())
     for each in (queue, other):
@@ -99,6 +100,22 @@ def test_its_state_is_saved_with_its_position():
 
 @pytest.mark.parametrize(("size", "near"), [(3, 4), (10, 8), (11, 12)])
 def test_a_size_that_is_no_multiple_of_the_batch_is_refused(size, near):
-    message = rf"method\.keys: {size} is not a multiple of training\.batch_size, 4; {near} would be"
+    message = rf"method\.queue_size: {size} is not a multiple of training\.batch_size, 4; {near} would be"
     with pytest.raises(InputError, match=message):
-        FeatureQueue(size, 5, 4, name="keys")
+        FeatureQueue(size, 5).prepare(4)
+
+
+def test_queues_per_view_start_by_the_seed_whenever_the_number_of_views_is_told():
+    starts = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        queue = FeatureQueue(6, 5, per_view=True).double()
+        torch.rand(len(starts))
+        queue.prepare(2, 3)
+        starts.append(queue.features_QD)
+    assert starts[0].dtype == torch.float64 and torch.equal(*starts)
+    queue.push(rows(3, 2, 5).double())
+    queue.prepare(2, 3)
+    assert torch.equal(queue.features_QD[:, 2:], starts[0][:, 2:]), "told again, the queues stay as they are"
+    with pytest.raises(InputError, match="the queues are of 3 views, not 2; make a new method"):
+        queue.prepare(2, 2)

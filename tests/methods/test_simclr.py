@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import NTXentLoss
 
-from hf_ssl_or.methods.simclr import Config, simclr_loss
+from hf_ssl_or.methods.simclr import SimCLRConfig, simclr_loss
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -31,4 +31,4 @@ def test_the_order_of_views_and_of_images_does_not_matter(views):
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": -0.5}, {"projector_hidden": 1.5}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        SimCLRConfig(**settings)

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import NegativeCosineSimilarity
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.simsiam import Config, Method, simsiam_loss
+from hf_ssl_or.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 
@@ -61,8 +61,7 @@ def test_projections_get_no_gradient_but_that_of_the_predictor(target):
 
 @pytest.mark.parametrize("target", ["pairs", "mean"])
 def test_the_forward_takes_the_target_and_the_heads_of_the_paper(tiny_encoder, target):
-    config = Config(projector_hidden=16, projector_dim=8, predictor_hidden=4, target=target)
-    method = Method(tiny_encoder(), config, num_views=3, batch_size=6)
+    method = SimSiam(tiny_encoder(), projector_hidden=16, projector_dim=8, predictor_hidden=4, target=target)
     assert [tuple(w.shape) for w in method.projector.parameters() if w.dim() == 2] == [(16, 16), (16, 16), (8, 16)]
     assert [tuple(w.shape) for w in method.predictor.parameters() if w.dim() == 2] == [(4, 8), (8, 4)]
     views_VBCHW = torch.randn(3, 6, 3, 8, 8)
@@ -76,4 +75,4 @@ def test_the_forward_takes_the_target_and_the_heads_of_the_paper(tiny_encoder, t
 @pytest.mark.parametrize("settings", [{"predictor_hidden": 0}, {"target": "median"}, {"projector_layers": 0}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        SimSiamConfig(**settings)

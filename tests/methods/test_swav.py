@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.swav import Config, Method, sinkhorn
+from hf_ssl_or.methods.swav import SwAV, SwAVConfig, sinkhorn
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.structures import MultiViewBatch
 
@@ -20,7 +20,9 @@ SMALL = {"projector_hidden": 16, "projector_dim": 8, "prototypes": 12, "freeze_p
 
 def make_method(encoder, views=2, local=0, **settings):
     torch.manual_seed(0)
-    return Method(encoder, Config(**SMALL | settings), num_views=views, batch_size=6, num_local_views=local).train()
+    method = SwAV(encoder, **SMALL | settings).train()
+    method.prepare(num_views=views, batch_size=6, num_local_views=local)
+    return method
 
 
 def make_batch(views=2, local=0, step=0, size=8, dtype=torch.float32):
@@ -125,7 +127,7 @@ def test_the_queue_is_used_from_its_step_on_and_once_full(tiny_encoder, views, l
         method.on_step_end(step, 6)
 
 
-def test_the_queue_holds_all_global_views_of_an_image_in_a_row(tiny_encoder):
+def test_the_queue_holds_the_global_views(tiny_encoder):
     method = make_method(tiny_encoder(batch_norm=False), 3, 1, queue_size=12)
     before = method.queue.features_QD.clone()
     batch = make_batch(3, 1)
@@ -133,8 +135,8 @@ def test_the_queue_holds_all_global_views_of_an_image_in_a_row(tiny_encoder):
     assert torch.equal(method.queue.features_QD, before)
     method.on_step_end(0, 10)
     z_VBD = method.projector(method.encode_with_local_views(batch))[:3]  # batch norm sees the local view too
-    torch.testing.assert_close(method.queue.features_QD[:6].view(6, 3, 8), z_VBD.transpose(0, 1))
-    assert torch.equal(method.queue.features_QD[6:], before[6:])
+    torch.testing.assert_close(method.queue.features_QD[:, :6], z_VBD)
+    assert torch.equal(method.queue.features_QD[:, 6:], before[:, 6:])
 
 
 def test_the_queue_never_asks_for_a_value(tiny_encoder):
@@ -184,4 +186,4 @@ def test_a_queue_that_batches_do_not_fill_evenly_is_refused(tiny_encoder, queue_
 )
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        SwAVConfig(**settings)

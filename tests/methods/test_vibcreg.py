@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 
-from hf_ssl_or.methods.vibcreg import Config, IterNorm, Method, newton_whitening, vibcreg_loss
+from hf_ssl_or.methods.vibcreg import IterNorm, VIbCReg, VIbCRegConfig, newton_whitening, vibcreg_loss
 
 
 def plain_loss(a, b, invariance=25.0, variance=25.0, covariance=200.0):
@@ -48,7 +48,7 @@ def test_the_loss_and_its_gradient_are_the_mean_of_two_view_losses(views, images
 def test_two_views_give_the_published_loss_at_the_default_weights():
     z_VND = torch.randn(2, 8, 5, dtype=torch.float64)
     torch.testing.assert_close(vibcreg_loss(z_VND)[0], plain_loss(*z_VND), rtol=1e-12, atol=1e-12)
-    config = Config()
+    config = VIbCRegConfig()
     assert (config.invariance_weight, config.variance_weight, config.covariance_weight) == (25, 25, 200)
 
 
@@ -96,8 +96,8 @@ def test_evaluation_uses_the_running_statistics():
 
 @pytest.mark.parametrize("iternorm", [True, False])
 def test_the_method_compares_what_iternorm_gives(tiny_encoder, iternorm):
-    config = Config(projector_hidden=8, projector_dim=6, iternorm_group=3, iternorm=iternorm, variance_weight=3.0)
-    method = Method(tiny_encoder(), config, num_views=3, batch_size=9)
+    settings = {"projector_hidden": 8, "projector_dim": 6, "iternorm_group": 3, "variance_weight": 3.0}
+    method = VIbCReg(tiny_encoder(), **settings, iternorm=iternorm)
     assert any(isinstance(module, nn.GELU) for module in method.projector.modules())
     z_VND = torch.randn(3, 9, 6, dtype=torch.float64)
     whitened = torch.stack([plain_iternorm(z_ND, 3) for z_ND in z_VND]) if iternorm else z_VND
@@ -110,5 +110,5 @@ def test_the_method_compares_what_iternorm_gives(tiny_encoder, iternorm):
 )
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
-    assert Config(iternorm=False, iternorm_group=3, projector_dim=8)
+        VIbCRegConfig(**settings)
+    assert VIbCRegConfig(iternorm=False, iternorm_group=3, projector_dim=8)

@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightly.loss import VICRegLoss
 
-from hf_ssl_or.methods.vicreg import Config, vicreg_loss
+from hf_ssl_or.methods.vicreg import VICRegConfig, vicreg_loss
 
 
 @pytest.mark.parametrize(("images", "dim"), [(12, 5), (5, 12)])
@@ -54,4 +54,4 @@ def test_the_order_of_views_and_of_images_does_not_matter(views):
 @pytest.mark.parametrize("settings", [{"projector_dim": 0}, {"covariance_weight": -1}, {"variance_weight": "much"}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        VICRegConfig(**settings)

@@ -45,8 +45,7 @@ def test_white_features_cost_nothing_and_a_constant_costs_most():
 
 def outputs(tiny_encoder, name, views, whitening):
     torch.manual_seed(0)
-    config = get_method(name).config_class(projector_hidden=16, projector_dim=8)
-    method = get_method(name)(tiny_encoder(), config, num_views=views, batch_size=9, whitening=whitening).double()
+    method = get_method(name)(tiny_encoder(), whitening=whitening, projector_hidden=16, projector_dim=8).double()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(views, 9, 3, 8, 8, dtype=torch.float64, generator=generator)
     return method, method(MultiViewBatch(views_VBCHW=images, index_B=torch.arange(9))), images

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.methods.wmse import Config, Method, sub_batch_size, whiten, wmse_loss
+from hf_ssl_or.methods.wmse import WMSE, WMSEConfig, sub_batch_size, whiten, wmse_loss
 from hf_ssl_or.structures import MultiViewBatch
 
 
@@ -32,8 +32,9 @@ def plain_loss(z_VND, order_PN, size, eps):
 @pytest.fixture
 def make_method(tiny_encoder):
     def make(batch_size=12, **settings):
-        config = Config(projector_hidden=16, **{"projector_dim": 3} | settings)
-        return Method(tiny_encoder(), config, num_views=2, batch_size=batch_size)
+        method = WMSE(tiny_encoder(), projector_hidden=16, **{"projector_dim": 3} | settings)
+        method.prepare(num_views=2, batch_size=batch_size)
+        return method
 
     return make
 
@@ -91,7 +92,7 @@ def test_the_method_whitens_sub_batches_of_its_own_draw(make_method):
 
 @pytest.mark.parametrize(("dim", "batch_size", "size"), [(64, 256, 128), (64, 300, 150), (64, 128, 128), (3, 14, 7)])
 def test_sub_batches_have_twice_as_many_images_as_dimensions(dim, batch_size, size):
-    assert sub_batch_size(Config(projector_dim=dim), batch_size) == size
+    assert sub_batch_size(WMSEConfig(projector_dim=dim), batch_size) == size
 
 
 @pytest.mark.parametrize(
@@ -111,4 +112,4 @@ def test_an_impossible_size_is_refused(make_method, settings, message):
 @pytest.mark.parametrize("settings", [{"whitening_eps": 1}, {"whitening_iters": 0}, {"whitening_size": -4}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
-        Config(**settings)
+        WMSEConfig(**settings)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from hf_ssl_or.report.curves import plot_collapse, plot_losses, plot_throughput
 from hf_ssl_or.report.embeddings import principal_components
-from hf_ssl_or.report.filters import ordered_correlations, plot_errors
+from hf_ssl_or.report.filters import plot_errors, plot_filters
 from hf_ssl_or.report.html import plot_figures
-from hf_ssl_or.report.run_reader import read_runs
 from hf_ssl_or.report.spectrum_plots import plot_spectra_compared, plot_spectra_of_runs
 from hf_ssl_or.report.style import inline_svg, panels, shorten, style
+from hf_ssl_or.runs.reader import read_runs
+from tests.run_folders import WEIGHTS
 
 
 def test_all_figures_of_several_runs_are_files_that_open(three_runs: list[Path], tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_errors_before_and_after(make_run, tmp_path: Path) -> None:
         assert "one: mean 5.5 (before training 7.5)" in plot_errors(runs[:1], tmp_path).alt
         assert "before training</text>" in plot_errors(runs[:1], tmp_path).svg
         assert "before training</text>" not in plot_errors(runs, tmp_path).svg
-        runs[0].errors_before = {}
+        runs[0].results = replace(runs[0].results, weights_before={})
         assert "before" not in plot_errors(runs[:1], tmp_path).alt
 
 
@@ -107,15 +110,12 @@ def test_principal_components_of_collapsed_features_are_zero() -> None:
     assert not xy.any() and share == 0
 
 
-def test_correlations_of_filters_are_those_of_numpy_with_similar_ones_together() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.standard_normal((2, 400))
-    weight = np.repeat(base, 8, axis=0)[rng.permutation(16)] + 0.5 * rng.standard_normal((16, 400))
-    correlation = ordered_correlations(weight)
-    np.testing.assert_allclose(np.sort(correlation, None), np.sort(np.abs(np.corrcoef(weight)), None), atol=1e-12)
-    assert correlation[:8, :8].min() > 0.6 and correlation[:8, 8:].max() < 0.3
-    assert ordered_correlations(np.zeros((3, 5)))[0, 1] == 0  # constant rows
-    assert ordered_correlations(rng.standard_normal((1000, 5))).shape == (256, 256)
+def test_correlations_of_at_most_256_filters_are_drawn(make_run, tmp_path: Path) -> None:
+    folder = make_run("run")
+    weight = np.random.default_rng(0).standard_normal((600, 4, 1, 1)).astype(np.float32)
+    save_file({WEIGHTS[-1]: weight}, folder / "encoder" / "model.safetensors")
+    with style():
+        assert "256 of 600 filters" in plot_filters(read_runs([folder]), tmp_path).alt
 
 
 def test_inline_svg_takes_the_colors_of_the_page() -> None:

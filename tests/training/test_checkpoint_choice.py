@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.run import select
+from hf_ssl_or.evaluate import select
 from hf_ssl_or.training.checkpoint import CheckpointStore
 
 TINY = {

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from world_worker import DTYPES, RESNET, without_kinks
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput
-from hf_ssl_or.training.log import read_metrics
 from hf_ssl_or.training.signals import TrainingInterrupted
 from hf_ssl_or.training.trainer import SSLTrainer
 
@@ -70,15 +71,14 @@ def train(folder: Path, dtype: str, stop_after: int) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     images, views = load_images(recipe.data, "train"), view_specs(recipe)[0]
-    trainer = Stopped(
-        method, recipe.training, images, folder, views=views, orthogonality=recipe.orthogonality, recipe=TREE
-    )
+    args = replace(recipe.training, output_dir=str(folder))
+    trainer = Stopped(method, args, images, views=views, orthogonality=recipe.orthogonality, recipe=recipe.to_dict())
     trainer.stop_after = stop_after
     if stop_after:
         with pytest.raises(TrainingInterrupted, match="SIGTERM|a signal to another process"):
-            trainer.train(resume=True)
+            trainer.train(resume_from_checkpoint=True)
     else:
-        trainer.train(resume=True)
+        trainer.train(resume_from_checkpoint=True)
 
 
 def train_both(root: Path, stop_after: int) -> None:
@@ -136,7 +136,7 @@ def test_a_run_that_moves_between_1_2_and_4_processes_ends_as_the_uninterrupted_
 ):
     stops = sorted(int(path.name.removeprefix("step-")) for path in (moved / dtype / "checkpoints").glob("step-*"))
     assert stops == [6, 16, 24, STEPS]
-    assert [line["step"] for line in read_metrics(moved / dtype / "metrics.jsonl")] == list(range(STEPS))
+    assert [line["step"] for line in read_metrics(moved / dtype / "metrics.jsonl").lines] == list(range(STEPS))
     assert_same_end(moved / dtype, whole / dtype, TOLERANCE[dtype])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_method, view_specs
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.fsdp import gather_groups
-from hf_ssl_or.training.log import read_metrics
 from hf_ssl_or.training.optim import clip_gradients
 from hf_ssl_or.training.trainer import SSLTrainer
 
@@ -42,12 +43,12 @@ CASES: dict[str, dict[str, Any]] = {
 RUNS = [*((case, "float64") for case in CASES), ("byol-resnet-so", "float32"), ("byol-vit-srip", "float32")]
 
 
-def build(case: str, sharding: str, dtype: torch.dtype, folder: Path, **training: Any) -> SSLTrainer:
+def build(case: str, fsdp: bool, dtype: torch.dtype, folder: Path, **training: Any) -> SSLTrainer:
     settings = CASES[case] | training
     tree = recipe_of(case.split("-")[0], 1, "global", 0.001)
     tree["encoder"] = settings.pop("encoder")
     tree["orthogonality"] = {"penalty": settings.pop("penalty"), "weight": 1e-3}
-    tree["training"] |= {**settings, "sharding": sharding, "monitor_images": 16}
+    tree["training"] |= {**settings, "fsdp": fsdp, "monitor_images": 16}
     recipe = recipe_from_dict(tree)
     images = load_images(recipe.data, "train")
     torch.set_default_dtype(dtype)
@@ -59,18 +60,17 @@ def build(case: str, sharding: str, dtype: torch.dtype, folder: Path, **training
     views, local_views = view_specs(recipe)
     return SSLTrainer(
         method,
-        recipe.training,
+        replace(recipe.training, output_dir=str(folder)),
         images,
-        folder,
         views=views,
         local_views=local_views,
         orthogonality=recipe.orthogonality,
     )
 
 
-def train(case: str, sharding: str, dtype: torch.dtype, folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
+def train(case: str, fsdp: bool, dtype: torch.dtype, folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
     """Returns the losses, the state, the regularizer's view of the weights, and what part this process held."""
-    trainer = build(case, sharding, dtype, folder)
+    trainer = build(case, fsdp, dtype, folder)
     losses = []
     for batch in trainer.loader.batches(0, STEPS):
         batch.views_VBCHW = batch.views_VBCHW.to(dtype)
@@ -90,28 +90,28 @@ def train(case: str, sharding: str, dtype: torch.dtype, folder: Path) -> tuple[d
     return {name: x.contiguous().clone() for name, x in result.items()}, trainer.accelerator.is_main_process
 
 
-def run(sharding: str, folder: Path, *, start: Path | None = None) -> None:
+def run(fsdp: bool, folder: Path, *, start: Path | None = None) -> None:
     """Six steps with checkpoints and a look, from the beginning or from another run's checkpoint after three."""
-    trainer = build("byol-vit-srip", sharding, torch.float64, folder, max_steps=6, save_steps=3, keep_last=None)
+    trainer = build("byol-vit-srip", fsdp, torch.float64, folder, max_steps=6, save_steps=3, keep_last=None)
     if start is not None and trainer.accelerator.is_main_process:
         shutil.copytree(start / "checkpoints" / "step-3", folder / "checkpoints" / "step-3")
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume=start is not None)
+    trainer.train(resume_from_checkpoint=start is not None)
     if trainer.accelerator.is_main_process:
         trainer.method.encoder.save_pretrained(folder / "encoder")
 
 
-def train_all(folder: Path, sharding: str) -> None:
-    run(sharding, folder / "whole")
+def train_all(folder: Path, fsdp: bool) -> None:
+    run(fsdp, folder / "whole")
     for case, name in RUNS:
-        result, is_main = train(case, sharding, DTYPES[name], folder / "run")
+        result, is_main = train(case, fsdp, DTYPES[name], folder / "run")
         if is_main:
             save_file(result, folder / f"{case}-{name}.safetensors")
 
 
 def train_sharded(folder: Path, start: Path) -> None:
-    run("full", folder / "resumed", start=start)
-    train_all(folder, "full")
+    run(True, folder / "resumed", start=start)
+    train_all(folder, True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,12 +126,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two sharded ones leave, and what each makes of the other's checkpoint."""
-    root = tmp_path_factory.mktemp("sharding")
+    root = tmp_path_factory.mktemp("fsdp")
     one, two = root / "1", root / "2"
     os.environ["HF_SSL_OR_CACHE"] = str(root / "cache")
-    train_all(one, "none")
+    train_all(one, False)
     run_all(train_sharded, two, one / "whole", log=root / "log", count=2)
-    run("none", one / "resumed", start=two / "whole")
+    run(False, one / "resumed", start=two / "whole")
     return root
 
 
@@ -163,17 +163,17 @@ def test_looks_and_the_encoder_at_the_end_see_whole_weights(root: Path):
     assert want.keys() == got.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
-    lines = [read_metrics(root / run / "metrics.jsonl") for run in ("1/whole", "2/whole")]
+    lines = [read_metrics(root / run / "metrics.jsonl").lines for run in ("1/whole", "2/whole")]
     looks = [[line for line in some if line["kind"] == "monitor"][-1] for some in lines]
     for name in ("rankme", "effective_rank", "orthogonality_error"):
         assert looks[1][name] == pytest.approx(looks[0][name], rel=1e-6)
 
 
 def test_one_process_has_nothing_to_shard(tmp_path: Path):
-    trainer = build("byol-vit-srip", "full", torch.float32, tmp_path)
+    trainer = build("byol-vit-srip", True, torch.float32, tmp_path)
     assert trainer.trained is trainer.method
-    with pytest.raises(InputError, match=r"training\.mixed_precision: fp16 does not go with training\.sharding: full"):
-        SSLTrainingArguments(sharding="full", mixed_precision="fp16")
+    with pytest.raises(InputError, match=r"training\.mixed_precision: fp16 does not go with training\.fsdp"):
+        SSLTrainingArguments(fsdp=True, mixed_precision="fp16")
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 100.0])

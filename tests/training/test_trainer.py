@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from hf_ssl_or.callbacks.metrics_log import flatten
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError, NonFiniteLossError
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
+from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.log import read_metrics
-from hf_ssl_or.training.trainer import SSLTrainer, first_difference, flatten
+from hf_ssl_or.training.description import first_difference
+from hf_ssl_or.training.trainer import SSLTrainer
 
 
 def tree(**training: object) -> dict:
@@ -42,7 +45,7 @@ def make(folder: Path, recipe: dict | None = None, *, labeled: bool = True) -> S
     resolved = recipe_from_dict(recipe or tree())
     images = load_images(resolved.data, "train")
     test = load_images(resolved.data, "test", like=images.preprocessing) if labeled else None
-    return build_trainer(resolved, folder, images, bank=images if labeled else None, test=test)
+    return build_trainer(resolved, folder, images, labeled=(images, test) if test is not None else None)
 
 
 def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
@@ -50,7 +53,7 @@ def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
     before = {name: value.clone() for name, value in trainer.encoder.named_parameters()}
     trainer.train()
     assert any(not before[name].equal(value) for name, value in trainer.encoder.named_parameters())
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl").lines
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(6))
     for name in ("loss", "invariance", "redundancy", "penalty", "lr", "images_per_second", "data_wait_percent"):
@@ -65,7 +68,7 @@ def test_a_run_leaves_metrics_spectra_and_checkpoints(tmp_path: Path):
 
 def test_label_free_runs_need_no_labels(tmp_path: Path):
     make(tmp_path, labeled=False).train()
-    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "monitor"]
     assert "rankme" in looks[0] and "knn" not in looks[0]
     with pytest.raises(InputError, match="keep_best: knn needs labeled"):
         make(tmp_path / "other", tree(keep_best="knn"), labeled=False)
@@ -73,7 +76,7 @@ def test_label_free_runs_need_no_labels(tmp_path: Path):
 
 def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
     make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labeled=False).train()
-    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "monitor"]
+    looks = [line for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "monitor"]
     best = max(looks, key=lambda line: line["rankme"])
     store = CheckpointStore(tmp_path)
     assert store.best()["step"] == best["step"] + 1
@@ -81,13 +84,25 @@ def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path):
-    make(tmp_path, tree(epochs=1, save_steps=1)).train()
-    trainer = make(tmp_path, tree(epochs=1, save_steps=1))
-    with torch.no_grad():
-        next(trainer.encoder.parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="step 1; .*last good checkpoint: .*step-3"):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                control.should_save = False
+                with torch.no_grad():
+                    next(model.encoder.parameters()).fill_(float("nan"))
+
+    trainer = make(tmp_path, tree(epochs=3, save_every=2, monitor_every=0))
+    trainer.add_callback(Poison)
+    with pytest.raises(NonFiniteLossError, match="step 4; .*no checkpoint was saved yet"):
         trainer.train()
-    assert CheckpointStore(tmp_path).steps() == [2, 3], "nothing was overwritten"
+    trainer = make(tmp_path / "later", tree(epochs=2, save_steps=2))
+    trainer.add_callback(Poison)
+    with pytest.raises(NonFiniteLossError, match="step [34]; .*last good checkpoint: .*step-2"):
+        trainer.train()
+    trainer = make(tmp_path / "later", tree(epochs=2, save_steps=2))
+    with pytest.raises(InputError, match="holds a run; train\\(resume_from_checkpoint=True\\) continues it"):
+        trainer.train()
+    assert CheckpointStore(tmp_path / "later").steps() == [2], "nothing was overwritten"
 
 
 def test_the_penalty_acts_on_the_encoder_alone_and_its_share_does_not_depend_on_accumulation(tmp_path: Path):
@@ -141,7 +156,7 @@ def test_resuming_with_other_images_is_said(tmp_path: Path):
     again = make(tmp_path, tree(max_steps=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        again.train(resume=True)
+        again.train(resume_from_checkpoint=True)
     again.images = again.images.subset(np.arange(48)[::-1].copy())
     with pytest.warns(UserWarning, match="shapes: other images than those that .*step-1 was trained on"):
-        again.train(resume=True)
+        again.train(resume_from_checkpoint=True)

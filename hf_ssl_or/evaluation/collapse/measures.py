@@ -1,22 +1,24 @@
 """How many dimensions features use: label-free measures of dimensional collapse, in float64.
 
-Z is a matrix of N images by D features with singular values s_i; l_i are the eigenvalues of its centerd covariance.
+Z is a matrix of N images by D features with singular values s_i; l_i are the eigenvalues of its centered covariance.
 Libraries differ above all in whether they center, and so in their numbers; here each measure follows its own paper:
 
-    not centerd, from s_i:  `rankme`, `effective_rank`, `stable_rank`
-    centerd, from l_i:      `alpha_req`, `participation_ratio`, `nesum`
+    not centered, from s_i:  `rankme`, `effective_rank`, `stable_rank`
+    centered, from l_i:      `alpha_req`, `participation_ratio`, `nesum`
     from several views of each image:  `lidar`
 
 They take a matrix or a `CovarianceAccumulator`, which gathers features batch by batch and over processes and needs no
-bank of them; `lidar` takes views or a `ViewScatter`. Both ways give the same number.
+bank of them; `lidar` takes views or a `ViewScatter`. Both ways give the same number. `rankme`, `alpha_req` and `lidar`
+are computed by the modules of `evaluation.metrics`, from spectra.
 
-N rows span at most N directions (N - 1 once centerd): with N < D every measure but `alpha_req` is bounded by N, and
-should not be compared with one of another N. A matrix of zeros uses 0 dimensions; so do, once centerd, constant
+N rows span at most N directions (N - 1 once centered): with N < D every measure but `alpha_req` is bounded by N, and
+should not be compared with one of another N. A matrix of zeros uses 0 dimensions; so do, once centered, constant
 features.
 """
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.collapse.spectra import ROUNDING, CovarianceAccumulator, Features, eigenvalues
 from hf_ssl_or.evaluation.collapse.uniformity import alignment, uniformity, unit_std
 from hf_ssl_or.evaluation.collapse.view_scatter import Views, ViewScatter
+from hf_ssl_or.evaluation.metrics import compute_metric
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.penalties import so
 from hf_ssl_or.orthogonality.selection import select_sites
@@ -54,23 +57,23 @@ class AlphaReq(float):
 def rankme(features: Features, eps: float = _EPS) -> float:
     """Effective rank of features: exp of the entropy of p_i = s_i / sum(s) + eps, between 1 and min(N, D).
 
-    Garrido et al., "RankMe" (ICML 2023), equations 1 and 2. Not centerd, as there; `reptrix` takes PCA variances
-    (centerd, squared) instead and gives another number.
+    Garrido et al., "RankMe" (ICML 2023), equations 1 and 2. Not centered, as there; `reptrix` takes PCA variances
+    (centered, squared) instead and returns another number.
 
     Args:
         features: Matrix (N, D), or a stream; singular values below about 1e-7 of the largest count as 0.
         eps: The paper's 1e-7 (stable-pretraining: 1e-5).
     """
-    return _entropy_rank(_singular_values(features), eps)
+    return _rankme(singular_values(features), eps)
 
 
 def effective_rank(features: Features) -> float:
     """Effective rank of a matrix: exp of the entropy of s_i / sum(s). Roy & Vetterli (EUSIPCO 2007).
 
     Args:
-        features: Matrix (N, D), or a stream; not centerd.
+        features: Matrix (N, D), or a stream; not centered.
     """
-    return _entropy_rank(_singular_values(features), 0.0)
+    return entropy_rank(singular_values(features), 0.0)
 
 
 def alpha_req(features: Features, fit_range: tuple[int, int] = _FIT_RANGE) -> AlphaReq:
@@ -80,29 +83,29 @@ def alpha_req(features: Features, fit_range: tuple[int, int] = _FIT_RANGE) -> Al
     in Stringer et al. (Nature 2019). The exponent means nothing where `r2` is low, as for a spectrum that breaks off.
 
     Args:
-        features: Matrix (N, D), or a stream; centerd here.
+        features: Matrix (N, D), or a stream; centered here.
         fit_range: Slice of the sorted eigenvalues: (3, 100), as in the fastssl code, fits the 4th to the 100th;
             `reptrix` takes (10, 100). It is clipped to the positive eigenvalues.
 
     Raises:
         InputError: Fewer than 3 positive eigenvalues lie in the range.
     """
-    return _power_law(eigenvalues(features), fit_range)
+    return _alpha_req(eigenvalues(features), fit_range)
 
 
 def participation_ratio(features: Features) -> float:
-    """(sum l)^2 / sum l^2 of the centerd covariance of (N, D); D for white noise, r for r equal directions."""
+    """(sum l)^2 / sum l^2 of the centered covariance of (N, D); D for white noise, r for r equal directions."""
     return _participation(eigenvalues(features))
 
 
 def nesum(features: Features) -> float:
-    """Sum of the normalized eigenvalues, sum l_i / l_1, of the centerd covariance of (N, D). He & Ozay (ICML 2022)."""
+    """Sum of the normalized eigenvalues, sum l_i / l_1, of the covariance of (N, D). He & Ozay (ICML 2022)."""
     return _sum_over_largest(eigenvalues(features))
 
 
 def stable_rank(matrix: Features) -> float:
     """||A||_F^2 / ||A||_2^2 of a matrix, say a weight; never above its rank. Rudelson & Vershynin (2007)."""
-    return _sum_over_largest(eigenvalues(matrix, centerd=False, name="matrix"))
+    return _sum_over_largest(eigenvalues(matrix, centered=False, name="matrix"))
 
 
 def lidar(views: Views, delta: float = 1e-4, eps: float = 1e-8) -> float:
@@ -111,7 +114,7 @@ def lidar(views: Views, delta: float = 1e-4, eps: float = 1e-8) -> float:
     Thilak et al., "LiDAR" (ICLR 2024): exp of the entropy of p_i = m_i / sum(m) + eps, with m_i the eigenvalues of
     W^-1/2 B W^-1/2, B the covariance of the images' means (n - 1) and W the covariance of views about their image's
     mean (n * (q - 1)) plus delta * I. With W = L L^T they are those of L^-1 B L^-T: no inverse root. At most
-    min(n - 1, D) of them are positive. `reptrix` neither divides the scatters nor takes delta = 1e-4, and gives
+    min(n - 1, D) of them are positive. `reptrix` neither divides the scatters nor takes delta = 1e-4, and returns
     another number.
 
     Args:
@@ -123,7 +126,8 @@ def lidar(views: Views, delta: float = 1e-4, eps: float = 1e-8) -> float:
     Raises:
         InputError: Not three axes, fewer than 2 images or views, NaN or infinite values.
     """
-    return _entropy_rank(ViewScatter.of(views).discriminant_eigenvalues(delta), eps)
+    values_D = ViewScatter.of(views).discriminant_eigenvalues(delta)
+    return compute_metric("lidar", predictions=values_D.numpy(), eps=eps)["lidar"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,16 +149,16 @@ def collapse_report(features: Features, views: Views | None = None) -> dict[str,
         and `notes`, a list of sentences, says why.
     """
     moments = CovarianceAccumulator.of(features)
-    centred_D, dimension = eigenvalues(moments), len(moments.mean_D)
-    singular_values = _singular_values(moments)
+    centered_D, dimension = eigenvalues(moments), len(moments.mean_D)
+    values_D = singular_values(moments)
     variance_D, mean_square_D = moments.covariance_DD.diagonal(), moments.second_moment_DD.diagonal()
-    notes = _notes(moments, bool(centred_D[0] > 0))
+    notes = _notes(moments, bool(centered_D[0] > 0))
     report: dict[str, Any] = {
-        "rankme": _entropy_rank(singular_values, _EPS),
-        "effective_rank": _entropy_rank(singular_values, 0.0),
-        "stable_rank": _sum_over_largest(singular_values.square()),
-        "participation_ratio": _participation(centred_D),
-        "nesum": _sum_over_largest(centred_D),
+        "rankme": _rankme(values_D, _EPS),
+        "effective_rank": entropy_rank(values_D, 0.0),
+        "stable_rank": _sum_over_largest(values_D.square()),
+        "participation_ratio": _participation(centered_D),
+        "nesum": _sum_over_largest(centered_D),
         "feature_std": float(variance_D.sqrt().mean()),
         "unit_std": unit_std(moments),
         "unit_std_relative": unit_std(moments) * dimension**0.5,
@@ -164,7 +168,7 @@ def collapse_report(features: Features, views: Views | None = None) -> dict[str,
         "notes": notes,
     }
     try:
-        alpha = _power_law(centred_D, _FIT_RANGE)
+        alpha = _alpha_req(centered_D, _FIT_RANGE)
         report |= {"alpha_req": float(alpha), "alpha_req_r2": alpha.r2, "alpha_req_range": list(alpha.fit_range)}
     except InputError as error:
         notes.append(f"alpha_req is undefined: {str(error).removeprefix('alpha_req: ')}")
@@ -179,8 +183,8 @@ def collapse_report(features: Features, views: Views | None = None) -> dict[str,
 def weight_report(encoder: nn.Module) -> dict[str, dict[str, float]]:
     """Stable rank and orthogonality error ||G - I||_F, G the smaller Gram, of every convolution and linear layer.
 
-    A grouped convolution is one matrix for the stable rank, and one per group for the orthogonality error, which is
-    that of `OrthogonalityRegularizer.errors`, in float64.
+    The error is that of `OrthogonalityRegularizer.errors`, in float64, over all matrices of a weight. The stable rank
+    is the mean over the experts of a fused weight; any other weight is one matrix, a grouped convolution too.
 
     Returns:
         `{"stable_rank": ..., "orthogonality_error": ...}` for every parameter name.
@@ -188,22 +192,27 @@ def weight_report(encoder: nn.Module) -> dict[str, dict[str, float]]:
     report = {}
     for site in select_sites(encoder, OrthogonalityConfig(penalty="so")):
         weight = site.weight.detach().cpu().double()
-        error = float(so(site.matrices().detach().cpu().double()).sum().sqrt())
-        report[site.name] = {"stable_rank": stable_rank(weight.flatten(1)), "orthogonality_error": error}
+        matrices_POI = site.matrices(weight)
+        stacked = weight.ndim > 2 and len(site.layout.view) == 3  # experts, rows, columns
+        ranked = matrices_POI if stacked or site.parts == 1 else weight.flatten(1)[None]
+        report[site.name] = {
+            "stable_rank": statistics.fmean(stable_rank(w_OI) for w_OI in ranked),
+            "orthogonality_error": float(so(matrices_POI).sum().sqrt()),
+        }
     return report
 
 
 def _notes(moments: CovarianceAccumulator, varies: bool) -> list[str]:
-    """Says what must be known to read the measures."""
+    """Returns what must be known to read the measures."""
     dimension = len(moments.mean_D)
     if moments.count < 2:
-        return ["one image has no spread: what is centerd, and each standard deviation, is 0"]
+        return ["one image has no spread: what is centered, and each standard deviation, is 0"]
     if not varies:
-        return ["the features are the same for all images: what is centerd, and each standard deviation, is 0"]
+        return ["the features are the same for all images: what is centered, and each standard deviation, is 0"]
     if moments.count <= dimension:
         return [
-            f"{moments.count} images span at most {moments.count - 1} of {dimension} dimensions once centerd: compare "
-            "ranks at this number of images only"
+            f"{moments.count} images span at most {moments.count - 1} of {dimension} dimensions once centered: "
+            "compare ranks at this number of images only"
         ]
     return []
 
@@ -212,17 +221,28 @@ def _notes(moments: CovarianceAccumulator, varies: bool) -> list[str]:
 # Formulas of a spectrum, sorted from the largest
 
 
-def _singular_values(features: Features) -> Tensor:
-    """The min(N, D) singular values, divided by sqrt(N)."""
+def singular_values(features: Features) -> Tensor:
+    """Returns the min(N, D) singular values of features, from the largest, divided by sqrt(N)."""
     count = features.count if isinstance(features, CovarianceAccumulator) else len(features)
-    return eigenvalues(features, centerd=False)[:count].sqrt()
+    return eigenvalues(features, centered=False)[:count].sqrt()
 
 
-def _entropy_rank(values: Tensor, eps: float) -> float:
-    total = float(values.sum())
+def entropy_rank(values_D: Tensor, eps: float) -> float:
+    """Returns exp of the entropy of values / sum(values) + eps; 0 where all are 0."""
+    total = float(values_D.sum())
     if total == 0:
         return 0.0
-    return float(torch.special.entr(values / total + eps).sum().exp())
+    return float(torch.special.entr(values_D / total + eps).sum().exp())
+
+
+def _rankme(values_D: Tensor, eps: float) -> float:
+    return compute_metric("rankme", predictions=values_D.numpy(), eps=eps)["rankme"]
+
+
+def _alpha_req(eigenvalues_D: Tensor, fit_range: tuple[int, int]) -> AlphaReq:
+    found = compute_metric("alpha_req", predictions=eigenvalues_D.numpy(), fit_range=fit_range)
+    first, stop = found["fit_range"]
+    return AlphaReq(found["alpha_req"], found["r2"], (first, stop))
 
 
 def _participation(eigenvalues_D: Tensor) -> float:
@@ -233,7 +253,12 @@ def _sum_over_largest(eigenvalues_D: Tensor) -> float:
     return float(eigenvalues_D.sum() / eigenvalues_D[0]) if eigenvalues_D[0] > 0 else 0.0
 
 
-def _power_law(eigenvalues_D: Tensor, fit_range: tuple[int, int]) -> AlphaReq:
+def power_law(eigenvalues_D: Tensor, fit_range: tuple[int, int]) -> AlphaReq:
+    """Fits the exponent of `alpha_req` to eigenvalues from the largest.
+
+    Raises:
+        InputError: Fewer than 3 positive eigenvalues lie in the range.
+    """
     first, stop = fit_range[0], min(fit_range[1], int((eigenvalues_D > 0).sum()))
     if first < 0 or stop - first < 3:
         raise InputError(

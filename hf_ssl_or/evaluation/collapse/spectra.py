@@ -66,9 +66,9 @@ class CovarianceAccumulator:
         x_BD = features_BD.detach().to(self.mean_D.device, torch.float64)
         unit_BD = F.normalize(x_BD, dim=1)
         mean_D, unit_mean_D = x_BD.mean(0), unit_BD.mean(0)
-        centred_BD, shift_D = x_BD - mean_D, mean_D - self.mean_D
+        centered_BD, shift_D = x_BD - mean_D, mean_D - self.mean_D
         unit_shift_D, between = unit_mean_D - self.unit_mean_D, self.count * rows / total
-        self.scatter_DD += centred_BD.T @ centred_BD + torch.outer(shift_D, shift_D) * between
+        self.scatter_DD += centered_BD.T @ centered_BD + torch.outer(shift_D, shift_D) * between
         self.unit_scatter_D += (unit_BD - unit_mean_D).square().sum(0) + unit_shift_D.square() * between
         self.mean_D += shift_D * (rows / total)
         self.unit_mean_D += unit_shift_D * (rows / total)
@@ -95,10 +95,10 @@ class CovarianceAccumulator:
 
     @property
     def second_moment_DD(self) -> Tensor:
-        """Mean outer product of the rows, not centerd."""
+        """Mean outer product of the rows, not centered."""
         return self.scatter_DD / max(self.count, 1) + torch.outer(self.mean_D, self.mean_D)
 
-    def eigenvalues(self, *, centerd: bool = True) -> Tensor:
+    def eigenvalues(self, *, centered: bool = True) -> Tensor:
         """Eigenvalues (D,) of the covariance, or of the second moment, from the largest; rounding is set to 0.
 
         Raises:
@@ -106,7 +106,7 @@ class CovarianceAccumulator:
         """
         if not self.count:
             raise InputError(f"{self.name}: no images were seen")
-        matrix_DD = (self.covariance_DD if centerd else self.second_moment_DD).cpu()
+        matrix_DD = (self.covariance_DD if centered else self.second_moment_DD).cpu()
         if not bool(matrix_DD.isfinite().all()):
             raise InputError(f"{self.name}: some rows hold NaN or infinite values")
         return _above_rounding(torch.linalg.eigvalsh(matrix_DD).flip(0), float(self.second_moment_DD.trace()))
@@ -126,7 +126,7 @@ class CovarianceAccumulator:
 Features = Tensor | np.ndarray | CovarianceAccumulator
 
 
-def eigenvalues(features: Features, *, centerd: bool = True, name: str = "features") -> Tensor:
+def eigenvalues(features: Features, *, centered: bool = True, name: str = "features") -> Tensor:
     """Eigenvalues (D,) of the covariance of features, or of their second moment, from the largest.
 
     Of a matrix with fewer rows than columns the smaller Gram matrix is decomposed, which has the same eigenvalues
@@ -134,22 +134,22 @@ def eigenvalues(features: Features, *, centerd: bool = True, name: str = "featur
 
     Args:
         features: Matrix (N, D), or what a stream has gathered.
-        centerd: The covariance (divided by N - 1); else the second moment (divided by N).
+        centered: The covariance (divided by N - 1); else the second moment (divided by N).
         name: What the features are, for error messages.
 
     Raises:
         InputError: There are no rows, or some hold NaN or infinite values.
     """
     if isinstance(features, CovarianceAccumulator):
-        return features.eigenvalues(centerd=centerd)
+        return features.eigenvalues(centered=centered)
     x_ND = as_matrix(features, name)
     rows, dimension = x_ND.shape
     if rows >= dimension:
-        return CovarianceAccumulator.of(x_ND, name).eigenvalues(centerd=centerd)
+        return CovarianceAccumulator.of(x_ND, name).eigenvalues(centered=centered)
     x_ND = x_ND.double()
     mean_square = float(x_ND.square().sum() / rows)
-    x_ND = x_ND - x_ND.mean(0) if centerd else x_ND
-    gram_NN = x_ND @ x_ND.T / (max(rows - 1, 1) if centerd else rows)
+    x_ND = x_ND - x_ND.mean(0) if centered else x_ND
+    gram_NN = x_ND @ x_ND.T / (max(rows - 1, 1) if centered else rows)
     return F.pad(_above_rounding(torch.linalg.eigvalsh(gram_NN).flip(0), mean_square), (0, dimension - rows))
 
 
@@ -160,13 +160,13 @@ def _above_rounding(eigenvalues_D: Tensor, mean_square: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Spectra as they are sampled
+# Spectra as they are plotted
 
 
 def normalised_eigenvalues(features: Features, name: str = "features") -> np.ndarray:
     """Eigenvalues of the covariance of a matrix's columns, from the largest, each divided by the largest.
 
-    He & Ozay (ICML 2022); section 5 of He, Du & Ma (NeurIPS 2024), who draw them on logarithmic axes, dashed where
+    He & Ozay (ICML 2022); section 5 of He, Du & Ma (NeurIPS 2024), who plot them on logarithmic axes, dashed where
     some eigenvalue is not positive, with the number of those: here `(spectrum == 0).sum()`.
 
     Args:

@@ -17,11 +17,6 @@ from hf_ssl_or.evaluation.collapse.view_scatter import Views, ViewScatter
 _ROWS = 4096
 
 
-def dimension_std(features: Features) -> np.ndarray:
-    """Standard deviation of each feature over images (N - 1), not scaled: (D,) float64."""
-    return CovarianceAccumulator.of(features).covariance_DD.diagonal().sqrt().cpu().numpy()
-
-
 def unit_std(features: Features) -> float:
     """Mean over dimensions of the standard deviation over images of features scaled to unit length.
 
@@ -30,7 +25,7 @@ def unit_std(features: Features) -> float:
     dimensional collapse: r equal dimensions of D still give sqrt(r) / D.
 
     Args:
-        features: Matrix (N, D), or a stream; not centerd before scaling. A row of zeros stays zero.
+        features: Matrix (N, D), or a stream; not centered before scaling. A row of zeros stays zero.
     """
     moments = CovarianceAccumulator.of(features)
     return float((moments.unit_scatter_D / max(moments.count - 1, 1)).sqrt().mean())

@@ -1,7 +1,7 @@
-"""Few labeled images per class: a linear classifier of frozen features, over several draws of the images.
+"""Few labeled images per class: a linear classifier of frozen features, over several samples of the images.
 
 Assran et al., "Masked siamese networks for label-efficient learning" (ECCV 2022) and their code: logistic regression
-without a bias on features that are centerd and scaled to unit length one by one, with a fixed penalty, because so few
+without a bias on features that are centered and scaled to unit length one by one, with a fixed penalty, because so few
 images leave none to choose it on. All classes take part, unlike in episodes of five.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl_or.evaluation.protocols.base import Protocol, check_labeled, in_top
+from hf_ssl_or.evaluation.protocols.base import LabeledFeatures, Protocol, accuracies, best_classes, check_labeled
 from hf_ssl_or.evaluation.protocols.logistic import LogisticRegression
 from hf_ssl_or.randomness import hashed_seed, keyed_permutation
 
@@ -29,7 +29,7 @@ class FewShotProtocol(Protocol):
 
     Attributes:
         shots: Labeled images of each class; a class that has fewer gives all it has.
-        draws: How many times images are drawn for each seed. The images of fewer shots are among those of more.
+        draws: How many times images are sampled for each seed. The images of fewer shots are among those of more.
         l2: Penalty l2 / 2 * ||W||^2 of the summed cross-entropy.
     """
 
@@ -40,41 +40,32 @@ class FewShotProtocol(Protocol):
     l2: float = 2.5e-4
 
     @property
-    def headline(self) -> str:
+    def primary_metric(self) -> str:
         """Top-1 accuracy with the most images, which varies least."""
         return f"top1_n{max(self.shots)}"
 
     def keys(self, seeds: Sequence[int]) -> list[int]:
-        """Returns the keys of all draws of all seeds."""
+        """Returns the keys of all samples of all seeds."""
         return [hashed_seed("few-shot", seed, draw) for seed in seeds for draw in range(self.draws)]
 
     def run(
-        self,
-        train_NF: Tensor,
-        train_labels_N: Tensor | None,
-        test_MF: Tensor,
-        test_labels_M: Tensor | None,
-        *,
-        seed: int,
-        device: torch.device | str,
+        self, train: LabeledFeatures, test: LabeledFeatures, *, seed: int, device: torch.device | str
     ) -> dict[str, float]:
-        """Evaluates one draw: `top1_n<shots>` in percent."""
-        train_labels_N, test_labels_M, classes = check_labeled(
-            train_NF, train_labels_N, test_MF, test_labels_M, what=self.name
-        )
-        test_MF, test_labels_M = unit_rows(test_MF.to(device)), test_labels_M.to(device)
-        order_N, place_N = sample_order(train_labels_N.cpu(), seed)
-        fewest = int(train_labels_N.unique(return_counts=True)[1].min())
+        """Evaluates one sample of images: `top1_n<shots>` in percent."""
+        classes = check_labeled(train, test, what=self.name)
+        test_MF = unit_rows(test.features_NF.to(device))
+        order_N, place_N = sample_order(train.labels_N.cpu(), seed)
+        fewest = int(train.labels_N.unique(return_counts=True)[1].min())
         if fewest < max(self.shots):
             warnings.warn(f"{self.name}: a class has {fewest} train images only; it gives all it has", stacklevel=2)
         accuracy = {}
         for n in self.shots:
             rows_B = order_N[place_N < n]
-            x_BF, labels_B = unit_rows(train_NF[rows_B].to(device)), train_labels_N[rows_B].to(device)
+            x_BF, labels_B = unit_rows(train.features_NF[rows_B].to(device)), train.labels_N[rows_B].to(device)
             model = LogisticRegression(x_BF, labels_B, classes, bias=False, tolerance=_TOLERANCE)
             weight_KF, _ = model.solve(self.l2 / len(rows_B))
-            correct = in_top(test_MF @ weight_KF.T, test_labels_M, 1)
-            accuracy[f"top1_n{n}"] = 100 * float(correct.double().mean())
+            predicted_M1 = best_classes(test_MF @ weight_KF.T, 1)
+            accuracy[f"top1_n{n}"] = accuracies(predicted_M1, test.labels_N, [1])[1]
         return accuracy
 
 

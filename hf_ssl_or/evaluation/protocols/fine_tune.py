@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole encoder with `transformers.Trainer`: how well its weights serve as a start.
+"""Fine-tuning of the full encoder with `transformers.Trainer`: how well its weights serve as a start.
 
 Every image is augmented anew in each epoch, a batch at a time, by the package's own views. The accuracy is that of the
 last epoch, never the best.
@@ -11,19 +11,20 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from timm.models import group_parameters
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -37,7 +38,9 @@ from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import mean_over_ranks, use_global_batch_norm
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.protocols.base import Protocol, check_labeled, in_top
+from hf_ssl_or.evaluation.features import evaluating
+from hf_ssl_or.evaluation.protocols.base import Protocol, accuracies, best_classes, check_labeled, labeled
+from hf_ssl_or.launcher import refuse_launcher_settings
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor, preprocessing_of
@@ -61,7 +64,8 @@ class FineTuneArguments:
         batch_size: Images per step over all processes.
         learning_rate: Peak learning rate, that of the head.
         layer_decay: The learning rate falls by this factor from each layer to the one below it (Bao et al., "BEiT",
-            ICLR 2022); 1 trains all layers alike. Layers are timm's: residual or transformer blocks, and the stem.
+            ICLR 2022); 1 trains all layers alike. Layers are timm's: residual or transformer blocks, and the stem; an
+            encoder without a timm net has none.
         weight_decay: Of weights; biases, norms and position embeddings have none.
         warmup: Share of the steps in which the learning rate rises.
         label_smoothing: Share of the target spread over all classes.
@@ -99,13 +103,9 @@ class FineTuneArguments:
 class FineTuneProtocol(Protocol):
     """Settings of `fine_tune`, which evaluates encoders on images where others evaluate features."""
 
-    seeded: ClassVar[bool] = True
-
     arguments: FineTuneArguments = field(default_factory=FineTuneArguments)
 
-    def run_on_images(
-        self, encoder: PreTrainedModel, train: ImageSet, test: ImageSet, **options: Any
-    ) -> dict[str, float]:
+    def run_on_images(self, encoder: nn.Module, train: ImageSet, test: ImageSet, **options: Any) -> dict[str, float]:
         """Fine-tunes a copy of the encoder, see `fine_tune` for the options."""
         return fine_tune(encoder, train, test, self.arguments, **options)
 
@@ -117,7 +117,7 @@ FINE_TUNE_PROTOCOLS = (
 
 
 def fine_tune(
-    encoder: PreTrainedModel | str | os.PathLike[str],
+    encoder: nn.Module | str | os.PathLike[str],
     train: ImageSet,
     test: ImageSet,
     arguments: FineTuneArguments | None = None,
@@ -130,36 +130,43 @@ def fine_tune(
 ) -> dict[str, float]:
     """Trains a copy of an encoder and a new head on labeled images, and evaluates them on others.
 
-    On several processes each takes its share of every batch, batch statistics are those of the whole batch, and every
+    On several processes each takes its share of every batch, batch statistics are those of the full batch, and every
     process returns the same metrics.
 
     Args:
-        encoder: An encoder of this package, which stays as it is; or the folder or Hub id of one, whose image
-            processor then says what becomes of the images. A head that it has is not used.
+        encoder: Its output has `pooler_output` (B, F); it stays as it is. Or the folder or Hub id of a transformers
+            model, whose image processor then says what becomes of the images; a head that it has is not used.
         train: Labeled images to train on.
         test: Labeled images to evaluate on.
         arguments: Settings; None takes those of the protocol "fine-tune".
         seed: Key of the head's initial weights, the order and the augmentations.
         device: "cpu" keeps Trainer from the GPU that it would take.
         mixed_precision: Autocast of the model.
-        save_to: Folder for the fine-tuned model with its image processor, ready for pipelines.
+        save_to: Folder for the fine-tuned model with its image processor, ready for pipelines; of encoders of this
+            package only.
         progress: Shows Trainer's bar.
 
     Returns:
         `top1` and `top5` on the test images in percent, and `train_loss`, the mean over all steps.
 
     Raises:
-        InputError: Labels are missing or of one class; the encoder cannot be loaded; the batch cannot be shared out.
+        InputError: Labels are missing or of one class; the encoder cannot be loaded, or returns no features; the batch
+            cannot be shared out; the environment has settings of accelerate that would change the training.
     """
     arguments = arguments or FineTuneArguments()
+    device = torch.device(device)
+    # Trainer's accelerator reads the environment, but for these two, which it is told.
+    refuse_launcher_settings(device=device.type, mixed_precision=None, accumulation_steps=None)
     names = _class_names(train, test)
-    if not isinstance(encoder, PreTrainedModel):
+    if not isinstance(encoder, nn.Module):
         encoder, preprocessing = _load(encoder)
         train = train.with_preprocessing(preprocessing)
+    if save_to is not None and not isinstance(encoder, SSLModel):
+        raise InputError(f"fine_tune: save_to: a {type(encoder).__name__} has no classifier that could be saved")
     test = test.with_preprocessing(train.preprocessing)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         how = _trainer_arguments(arguments, folder, len(train), seed, device, mixed_precision, progress)
-        model: Any = _classifier(encoder, names, seed)
+        model: Any = _classifier(encoder, names, seed, test)
         model.to(how.device)
         if how.world_size > 1:
             use_global_batch_norm(model)
@@ -190,25 +197,33 @@ def fine_tune(
 
 
 def parameter_groups(
-    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float
+    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
     """Sorts parameters for an optimizer: one group per layer and kind.
 
     Args:
-        model: A classifier of this package. Its layers are numbered by timm: stem 0, blocks 1 to L, the head L + 1.
+        model: A classifier. Its layers are numbered by timm, where it holds a timm net: stem 0, blocks 1 to L, head
+            L + 1.
         learning_rate: That of the head; layer l has learning_rate * layer_decay^(L + 1 - l).
-        weight_decay: Of weights; none for vectors (biases, norms) and what timm's net exempts (position embeddings).
+        weight_decay: Of weights; none for vectors (biases, norms), for what timm's net exempts (position embeddings)
+            and, in another net, for parameters that are no layer's weight.
         layer_decay: At most 1.
+
+    Raises:
+        InputError: There is a layer decay, but no timm net.
     """
-    net: Any = model.base_model.timm_model
-    prefix = f"{model.base_model_prefix}.timm_model."
-    layer_of = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
-    head = 1 + max(layer_of.values())
-    exempt = net.no_weight_decay() if isinstance(net, VisionTransformer) else set()
+    timm_nets = (pair for pair in model.named_modules() if hasattr(pair[1], "group_matcher"))
+    path, net = next(timm_nets, ("", cast(Any, None)))
+    if net is None and layer_decay != 1:
+        raise InputError("fine_tune.layer_decay: only timm's nets have numbered layers; leave it 1")
+    layer_of = {} if net is None else group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    head = 1 + max(layer_of.values(), default=0)
+    exempt = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for full_name, parameter in model.named_parameters():
-        name = full_name.removeprefix(prefix)
-        layer, decays = layer_of.get(name, head), parameter.ndim > 1 and name not in exempt
+        name = full_name.removeprefix(f"{path}.")
+        is_weight = parameter.ndim > 1 and (net is not None or name.endswith("weight"))
+        layer, decays = layer_of.get(name, head), is_weight and name not in exempt
         group = {
             "params": [],
             "lr": learning_rate * layer_decay ** (head - layer),
@@ -259,8 +274,8 @@ class _Epochs(TrainerCallback):
 
 def _class_names(train: ImageSet, test: ImageSet) -> list[str]:
     """Checks the labels of both splits and names the classes, by their numbers where the data has no names."""
-    rows = [torch.arange(float(len(images)))[:, None] for images in (train, test)]  # in place of features
-    *_, classes = check_labeled(rows[0], train.labels, rows[1], test.labels, what="fine-tune")
+    rows = (labeled(torch.arange(float(len(x)))[:, None], x.labels, what="fine-tune") for x in (train, test))
+    classes = check_labeled(*rows, what="fine-tune")  # of rows in place of features
     named = train.class_names or []
     return named if len(named) >= classes else [str(k) for k in range(classes)]
 
@@ -274,18 +289,48 @@ def _load(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, Preprocessin
         raise InputError(f"{name}: cannot be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
 
 
-def _classifier(encoder: PreTrainedModel, names: list[str], seed: int) -> PreTrainedModel:
-    """Copies the encoder's weights under a new head, which the seed draws."""
-    if not isinstance(encoder, SSLModel):
-        raise InputError(f"fine_tune: a {type(encoder).__name__} is no encoder of this package")
-    config = copy.deepcopy(encoder.config)
-    config.update({"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}})
-    model = AutoModelForImageClassification.from_config(config)
-    model.base_model.load_state_dict(encoder.state_dict())
+class _Classifier(nn.Module):
+    """A copy of any encoder under a linear head."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()  # Trainer asks for it
+        self.encoder, self.classifier = copy.deepcopy(encoder), nn.Linear(width, classes)
+        for parameter in self.encoder.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits_BK = self.classifier(self.encoder(pixel_values).pooler_output)
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits_BK, labels)}
+        return {**loss, "logits": logits_BK}
+
+
+def _classifier(encoder: nn.Module, names: list[str], seed: int, images: ImageSet) -> nn.Module:
+    """Copies an encoder under a new head, whose weights come from the seed."""
+    model: Any
+    if isinstance(encoder, SSLModel):
+        config = copy.deepcopy(encoder.config)
+        config.update({"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}})
+        model = AutoModelForImageClassification.from_config(config)
+        model.base_model.load_state_dict(encoder.state_dict())
+    else:
+        model = _Classifier(encoder, _width(encoder, images), len(names))
+        nn.init.zeros_(model.classifier.bias)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(seed, "fine-tune"))
-        torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)
+        nn.init.trunc_normal_(model.classifier.weight, std=0.02)
     return model
+
+
+def _width(encoder: nn.Module, images: ImageSet) -> int:
+    """Returns the size of an encoder's features, seen on one image."""
+    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+    (x_1CHW,) = images.clean([np.array([0])], device)
+    with evaluating(encoder), torch.no_grad():
+        features = getattr(encoder(x_1CHW), "pooler_output", None)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise InputError(f"fine_tune: a {type(encoder).__name__} returns no pooler_output (images, features)")
+    return features.shape[1]
 
 
 def _trainer_arguments(
@@ -293,7 +338,7 @@ def _trainer_arguments(
     folder: str,
     images: int,
     seed: int,
-    device: torch.device | str,
+    device: torch.device,
     mixed_precision: str,
     progress: bool,
 ) -> TrainingArguments:
@@ -307,7 +352,7 @@ def _trainer_arguments(
         max_grad_norm=arguments.max_grad_norm,
         fp16=mixed_precision == "fp16",
         bf16=mixed_precision == "bf16",
-        use_cpu=torch.device(device).type == "cpu",
+        use_cpu=device.type == "cpu",
         seed=hashed_seed("trainer", seed) % 2**32,
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # batches are made on the device
@@ -316,6 +361,7 @@ def _trainer_arguments(
         report_to="none",
         disable_tqdm=not progress,
     )
+    how.mixed_precision = mixed_precision  # without fp16 and bf16 that of the environment
     how._n_gpu = min(how.n_gpu, 1)  # a process has one device: no DataParallel, whose batch statistics are partial
     batch, processes = min(arguments.batch_size, images), how.world_size
     if batch % processes:
@@ -325,5 +371,6 @@ def _trainer_arguments(
 
 
 def _accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    logits_NK, labels_N = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-    return {f"top{top}": 100 * float(in_top(logits_NK, labels_N, top).double().mean()) for top in (1, 5)}
+    predicted_NT = best_classes(torch.from_numpy(prediction.predictions))
+    found = accuracies(predicted_NT, torch.from_numpy(prediction.label_ids))
+    return {f"top{top}": percent for top, percent in found.items()}

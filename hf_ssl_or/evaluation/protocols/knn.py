@@ -14,17 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.protocols.base import Protocol, check_labeled, in_top
+from hf_ssl_or.evaluation.protocols.base import (
+    LabeledFeatures,
+    Protocol,
+    accuracies,
+    best_classes,
+    check_labeled,
+    labeled,
+)
 
 _CHUNK_ELEMENTS = 2**23  # similarities held at once, 32 MiB: the fastest on CPU, and enough to fill a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnProtocol(Protocol):
-    """Settings of `knn_accuracy`, over the whole bank.
+    """Settings of `knn_accuracy`, over all of the bank.
 
     Attributes:
-        k: Numbers of neighbors; the first is the headline.
+        k: Numbers of neighbors; the first gives the primary metric.
         temperature: Divides the cosine similarity in a neighbor's weight.
     """
 
@@ -34,24 +41,16 @@ class KnnProtocol(Protocol):
     temperature: float = 0.07
 
     @property
-    def headline(self) -> str:
+    def primary_metric(self) -> str:
         """Top-1 accuracy with the first k."""
         return f"top1_k{self.k[0]}"
 
     def run(
-        self,
-        train_NF: Tensor,
-        train_labels_N: Tensor | None,
-        test_MF: Tensor,
-        test_labels_M: Tensor | None,
-        *,
-        seed: int,
-        device: torch.device | str,
+        self, train: LabeledFeatures, test: LabeledFeatures, *, seed: int, device: torch.device | str
     ) -> dict[str, float]:
         """Evaluates features on `device`, with each k that the bank can give; the seed changes nothing."""
-        train_NF, test_MF = train_NF.to(device), test_MF.to(device)
-        k = [k for k in self.k if k <= len(train_NF)] or self.k
-        return knn_accuracy(train_NF, train_labels_N, test_MF, test_labels_M, k=k, temperature=self.temperature)
+        k = [k for k in self.k if k <= len(train)] or self.k
+        return _accuracies(train.to(device), test.to(device), k, self.temperature)
 
 
 KNN_PROTOCOLS = (
@@ -60,7 +59,6 @@ KNN_PROTOCOLS = (
 )
 
 
-@torch.no_grad()
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor | None,
@@ -93,25 +91,36 @@ def knn_accuracy(
         InputError: A k is below 1 or larger than the bank; or what `check_labeled` refuses.
     """
     ks = [k] if isinstance(k, int) else list(k)
-    train_labels, test_labels, seen = check_labeled(
-        train_features, train_labels, test_features, test_labels, what="kNN"
+    train, test = (
+        labeled(features, labels, what="kNN").to(train_features.device)
+        for features, labels in ((train_features, train_labels), (test_features, test_labels))
     )
-    train_labels, test_labels = (labels.to(train_features.device) for labels in (train_labels, test_labels))
+    return _accuracies(train, test, ks, temperature, num_classes)
+
+
+@torch.no_grad()
+def _accuracies(
+    train: LabeledFeatures,
+    test: LabeledFeatures,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int | None = None,
+) -> dict[str, float]:
+    seen = check_labeled(train, test, what="kNN")
     classes = seen if num_classes is None else num_classes
     if classes < seen:
         raise InputError(f"kNN: num_classes={classes}, but there is a label {seen - 1}")
-    _check_settings(ks, temperature, len(train_features))
-    correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=train_features.device)
-    for rows, similarity_BP, index_BP in nearest_in_bank(train_features, test_features, ks):
+    _check_settings(ks, temperature, len(train))
+    predicted: dict[int, list[Tensor]] = {n: [] for n in ks}
+    for _, similarity_BP, index_BP in nearest_in_bank(train.features_NF, test.features_NF, ks):
         weight_BP = ((similarity_BP - similarity_BP[:, :1]).double() / temperature).exp()  # the nearest has 1
-        class_BP, label_B = train_labels[index_BP], test_labels[rows]
-        for i, n in enumerate(ks):
-            votes_BK = weight_BP.new_zeros(len(label_B), classes)
+        class_BP = train.labels_N[index_BP]
+        for n in ks:
+            votes_BK = weight_BP.new_zeros(len(class_BP), classes)
             votes_BK.scatter_add_(1, class_BP[:, :n], weight_BP[:, :n])
-            voted_B = votes_BK.gather(1, label_B[:, None])[:, 0] > 0
-            correct[i] += torch.stack([(in_top(votes_BK, label_B, top) & voted_B).sum() for top in (1, 5)])
-    percent = (100 * correct.double() / len(test_labels)).tolist()
-    return {f"top{top}_k{n}": pair[i] for n, pair in zip(ks, percent, strict=True) for i, top in enumerate((1, 5))}
+            predicted[n].append(best_classes(votes_BK.masked_fill(votes_BK == 0, -torch.inf)))
+    found = {n: accuracies(torch.cat(parts), test.labels_N) for n, parts in predicted.items()}
+    return {f"top{top}_k{n}": percent for n, each in found.items() for top, percent in each.items()}
 
 
 def nearest_in_bank(train_NF: Tensor, test_MF: Tensor, ks: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -9,14 +9,21 @@ suits any encoder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ssl_or.errors import InputError, unknown
-from hf_ssl_or.evaluation.protocols.base import Protocol, check_labeled, in_top
+from hf_ssl_or.evaluation.protocols.base import (
+    LabeledFeatures,
+    Protocol,
+    accuracies,
+    best_classes,
+    check_labeled,
+    labeled,
+)
 from hf_ssl_or.evaluation.protocols.logistic import LogisticRegression
 from hf_ssl_or.randomness import keyed_generator, keyed_permutation
 from hf_ssl_or.structures import ViewSpec
@@ -26,36 +33,24 @@ from hf_ssl_or.structures import ViewSpec
 class LinearProtocol(Protocol):
     """A linear classifier of features; subclasses say how it is fitted."""
 
-    seeded: ClassVar[bool] = True
-
     def fit(self, features_NF: Tensor, labels_N: Tensor, num_classes: int, seed: int) -> nn.Linear:
         """Fits the classifier on the features' device."""
         raise NotImplementedError
 
     def run(
-        self,
-        train_NF: Tensor,
-        train_labels_N: Tensor | None,
-        test_MF: Tensor,
-        test_labels_M: Tensor | None,
-        *,
-        seed: int,
-        device: torch.device | str,
+        self, train: LabeledFeatures, test: LabeledFeatures, *, seed: int, device: torch.device | str
     ) -> dict[str, float]:
         """Fits and evaluates the classifier on `device`, see `linear_probe`."""
-        train_labels_N, test_labels_M, classes = check_labeled(
-            train_NF, train_labels_N, test_MF, test_labels_M, what=self.name
-        )
-        train, test = (train_NF.to(device).float(), train_labels_N.to(device)), (test_MF, test_labels_M)
+        classes = check_labeled(train, test, what=self.name)
+        train = LabeledFeatures(train.features_NF.to(device).float(), train.labels_N.to(device))
         with torch.enable_grad():
-            classifier = self.fit(*train, classes, seed)
+            classifier = self.fit(train.features_NF, train.labels_N, classes, seed)
         if not all(bool(p.isfinite().all()) for p in classifier.parameters()):
             raise InputError(f"{self.name}: the classifier diverged, the features are too large; use linear-lbfgs")
-        evaluated = {"": test, "train_": train}
         return {
-            f"{split}top{top}": _accuracy(classifier, features, labels, top)
-            for split, (features, labels) in evaluated.items()
-            for top in (1, 5)
+            f"{split}top{top}": percent
+            for split, side in (("", test), ("train_", train))
+            for top, percent in _accuracies(classifier, side).items()
         }
 
 
@@ -146,7 +141,7 @@ class LogisticProtocol(LinearProtocol):
     @staticmethod
     def _score(solution: tuple[Tensor, Tensor], x_NF: Tensor, labels_N: Tensor) -> int:
         weight_KF, bias_K = solution
-        return int(in_top(torch.addmm(bias_K, x_NF, weight_KF.T), labels_N, 1).sum())
+        return int((best_classes(torch.addmm(bias_K, x_NF, weight_KF.T), 1)[:, 0] == labels_N).sum())
 
 
 # Augmentations of the multi-view paper's CIFAR code.
@@ -209,11 +204,13 @@ def linear_probe(
         if protocol not in known:
             raise unknown("linear protocol", protocol, known)
         protocol = known[protocol]
-    return protocol.run(train_features, train_labels, test_features, test_labels, seed=seed, device=device)
+    train = labeled(train_features, train_labels, what=protocol.name)
+    test = labeled(test_features, test_labels, what=protocol.name)
+    return protocol.run(train, test, seed=seed, device=device)
 
 
 def _classifier(features_NF: Tensor, num_classes: int, seed: int) -> nn.Linear:
-    """A linear layer with torch's initialization, drawn on the CPU so that every device starts alike."""
+    """A linear layer with torch's initialization, sampled on the CPU so that every device starts alike."""
     classifier, bound = nn.Linear(features_NF.shape[1], num_classes), features_NF.shape[1] ** -0.5
     generator = keyed_generator(seed, "linear probe")
     for parameter in classifier.parameters():
@@ -222,10 +219,7 @@ def _classifier(features_NF: Tensor, num_classes: int, seed: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def _accuracy(classifier: nn.Linear, features_NF: Tensor, labels_N: Tensor, top: int) -> float:
+def _accuracies(classifier: nn.Linear, side: LabeledFeatures) -> dict[int, float]:
     device = classifier.weight.device
-    correct = sum(
-        int(in_top(classifier(x_BF.to(device).float()), labels_B.to(device), top).sum())
-        for x_BF, labels_B in zip(features_NF.split(8192), labels_N.split(8192), strict=True)
-    )
-    return 100 * correct / len(labels_N)
+    chunks = side.features_NF.split(8192)
+    return accuracies(torch.cat([best_classes(classifier(x_BF.to(device).float())) for x_BF in chunks]), side.labels_N)

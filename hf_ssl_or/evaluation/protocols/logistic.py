@@ -23,7 +23,7 @@ class LogisticRegression:
     images' span, which holds the minimum.
 
     Args:
-        features_NF: Features, float32 or float64, centerd if they are not to weigh on the bias.
+        features_NF: Features, float32 or float64, centered if they are not to weigh on the bias.
         labels_N: Classes, (N,) int64, on the same device.
         num_classes: Number of classes K.
         bias: Whether the K scores have a free offset.

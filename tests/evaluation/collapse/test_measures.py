@@ -44,7 +44,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def with_spectrum(eigenvalues: torch.Tensor, n: int) -> torch.Tensor:
-    """Centerd features (n, D) whose covariance has exactly these eigenvalues."""
+    """Centered features (n, D) whose covariance has exactly these eigenvalues."""
     d = len(eigenvalues)
     basis = normal(n, d)
     q, _ = torch.linalg.qr(basis - basis.mean(0))
@@ -74,13 +74,13 @@ def test_a_stream_gives_the_same_number(metric, n: int, d: int) -> None:
     assert metric(streamed(z)) == pytest.approx(metric(z), rel=1e-8)
 
 
-def test_the_centerd_measures_follow_their_formulas() -> None:
+def test_the_centered_measures_follow_their_formulas() -> None:
     z = normal(300, 20).numpy() * np.linspace(0.2, 2, 20) + 7
     eig = np.sort(np.linalg.eigvalsh(np.cov(z.T)))[::-1]
     assert participation_ratio(z) == pytest.approx(eig.sum() ** 2 / (eig**2).sum(), rel=1e-10)
     assert nesum(z) == pytest.approx(eig.sum() / eig[0], rel=1e-10)
-    assert participation_ratio(z + 100) == pytest.approx(participation_ratio(z), rel=1e-9)  # centerd
-    assert rankme(z + 100) < rankme(z)  # not centerd
+    assert participation_ratio(z + 100) == pytest.approx(participation_ratio(z), rel=1e-9)  # centered
+    assert rankme(z + 100) < rankme(z)  # not centered
 
 
 def test_white_features_use_every_dimension() -> None:
@@ -150,7 +150,7 @@ def test_stable_rank() -> None:
     assert stable_rank(np.outer(a[0], a[1])) == pytest.approx(1)
 
 
-def test_constant_features_use_no_dimension_once_centerd() -> None:
+def test_constant_features_use_no_dimension_once_centered() -> None:
     z = torch.full((5000, 8), 0.1) * torch.arange(1, 9)
     report = collapse_report(z)
     assert report["participation_ratio"] == report["nesum"] == participation_ratio(z) == nesum(z) == 0
@@ -226,7 +226,7 @@ def test_the_report_of_views() -> None:
     ("features", "notes"),
     [
         (normal(300, 40), []),
-        (normal(20, 40), ["20 images span at most 19 of 40 dimensions once centerd: compare ranks at .* only"]),
+        (normal(20, 40), ["20 images span at most 19 of 40 dimensions once centered: compare ranks at .* only"]),
         (normal(50, 5), ["alpha_req is undefined: 2 positive eigenvalues in the range .*; 3 are needed"]),
         (torch.full((30, 8), 0.1), ["the features are the same for all images: .*", "alpha_req is undefined: 0 .*"]),
         (torch.zeros(30, 8), ["the features are the same for all images: .*", "alpha_req is undefined: 0 .*"]),
@@ -260,6 +260,19 @@ def test_weight_report() -> None:
     w = encoder[0].weight.detach().double().flatten(1).numpy()
     assert report["0.weight"]["orthogonality_error"] == pytest.approx(np.linalg.norm(w @ w.T - np.eye(8)), rel=1e-10)
     assert report["0.weight"]["stable_rank"] == pytest.approx(stable_rank(w), rel=1e-10)
+
+
+def test_each_expert_is_a_matrix() -> None:
+    class Experts(nn.Module):
+        num_experts = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(normal(3, 8, 4))
+
+    encoder = nn.Sequential(Experts(), nn.Linear(4, 4))
+    expected = np.mean([stable_rank(w) for w in encoder[0].up.detach()])
+    assert weight_report(encoder)["0.up"]["stable_rank"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_grouped_convolutions_are_a_matrix_per_group() -> None:

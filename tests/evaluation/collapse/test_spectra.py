@@ -41,16 +41,16 @@ def test_rounding_is_no_direction() -> None:
     z = torch.randn(3000, 5, dtype=torch.float64) @ torch.randn(5, 100, dtype=torch.float64)
     assert int((CovarianceAccumulator.of(z).eigenvalues() > 0).sum()) == 5
     assert int((CovarianceAccumulator.of(z + 50).eigenvalues() > 0).sum()) == 5
-    assert int((CovarianceAccumulator.of(z + 50).eigenvalues(centerd=False) > 0).sum()) == 6
+    assert int((CovarianceAccumulator.of(z + 50).eigenvalues(centered=False) > 0).sum()) == 6
     assert int((CovarianceAccumulator.of(torch.randn(20, 100)).eigenvalues() > 0).sum()) == 19
 
 
-@pytest.mark.parametrize("centerd", [True, False])
-def test_few_rows_have_the_eigenvalues_of_the_whole_covariance(centerd: bool) -> None:
+@pytest.mark.parametrize("centered", [True, False])
+def test_few_rows_have_the_eigenvalues_of_the_whole_covariance(centered: bool) -> None:
     z = features(20, 50)
-    short, whole = eigenvalues(z, centerd=centerd), CovarianceAccumulator.of(z).eigenvalues(centerd=centerd)
+    short, whole = eigenvalues(z, centered=centered), CovarianceAccumulator.of(z).eigenvalues(centered=centered)
     torch.testing.assert_close(short, whole, rtol=1e-8, atol=1e-8 * float(whole[0]))
-    assert int((short > 0).sum()) == int((whole > 0).sum()) == (19 if centerd else 20)
+    assert int((short > 0).sum()) == int((whole > 0).sum()) == (19 if centered else 20)
     assert int((eigenvalues(torch.full((5, 9), 0.1)) > 0).sum()) == 0
 
 

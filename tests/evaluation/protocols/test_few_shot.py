@@ -10,7 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.evaluator import evaluate_features, get_protocol
+from hf_ssl_or.evaluation.evaluator import evaluate_features
+from hf_ssl_or.evaluation.protocols import LabeledFeatures, get_protocol
 from hf_ssl_or.evaluation.protocols.few_shot import FewShotProtocol, sample_order, unit_rows
 from hf_ssl_or.randomness import hashed_seed
 
@@ -32,7 +33,7 @@ def test_a_draw_is_scikit_learns_classifier_of_these_images() -> None:
               for z in (x[rows].double().numpy(), test.double().numpy())]  # fmt: skip
     reference = LogisticRegression(C=1 / PROTOCOL.l2, fit_intercept=False, tol=1e-10, max_iter=10_000)
     expected = 100 * reference.fit(scaled[0], y[rows]).score(scaled[1], labels)
-    result = PROTOCOL.run(x, y, test, labels, seed=7, device="cpu")
+    result = PROTOCOL.run(LabeledFeatures(x, y), LabeledFeatures(test, labels), seed=7, device="cpu")
     assert result["top1_n5"] == pytest.approx(expected, abs=0.4) and 40 < expected < 99
 
 
@@ -47,11 +48,12 @@ def test_each_class_gives_as_many_and_more_shots_hold_fewer() -> None:
 
 
 def test_all_draws_of_all_seeds_make_the_mean_and_the_spread() -> None:
-    data = (*blobs(200), *blobs(100, seed=1))
+    train, test = LabeledFeatures(*blobs(200)), LabeledFeatures(*blobs(100, seed=1))
+    data = (train.features_NF, train.labels_N, test.features_NF, test.labels_N)
     entry = evaluate_features(PROTOCOL, *data, seeds=[0, 3])
     values = entry["metrics"]["top1_n5"]["values"]
     keys = [hashed_seed("few-shot", seed, draw) for seed in (0, 3) for draw in range(3)]
-    assert values == [PROTOCOL.run(*data, seed=key, device="cpu")["top1_n5"] for key in keys]
+    assert values == [PROTOCOL.run(train, test, seed=key, device="cpu")["top1_n5"] for key in keys]
     assert len(set(values)) > 1 and entry["metrics"]["top1_n5"]["std"] == pytest.approx(float(np.std(values, ddof=1)))
     assert entry["seeds"] == [0, 3] and entry["headline"] == "top1_n5"
 
@@ -75,9 +77,9 @@ def test_small_classes_and_bad_input() -> None:
     y[:] = 0
     y[:20], y[20:22] = 1, 2
     with pytest.warns(UserWarning, match="a class has 2 train images only"):
-        PROTOCOL.run(x, y, x, y, seed=0, device="cpu")
+        evaluate_features(PROTOCOL, x, y, x, y)
     with pytest.raises(InputError, match="few-shot: labels are needed"):
-        PROTOCOL.run(x, None, x, y, seed=0, device="cpu")
+        evaluate_features(PROTOCOL, x, None, x, y)
     with pytest.raises(InputError, match="one class only"):
-        PROTOCOL.run(x, torch.zeros_like(y), x, y, seed=0, device="cpu")
+        evaluate_features(PROTOCOL, x, torch.zeros_like(y), x, y)
     assert dataclasses.replace(PROTOCOL, draws=4).hash != PROTOCOL.hash

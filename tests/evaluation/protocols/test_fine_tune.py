@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,8 +15,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
 from processes import run_all
-from test_features import image_set
-from transformers import AutoModelForImageClassification, pipeline
+from test_features import Encoder, image_set
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    pipeline,
+)
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
@@ -24,6 +32,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.protocols.fine_tune import (
     FINE_TUNE_PROTOCOLS,
     FineTuneArguments,
+    _Classifier,
     fine_tune,
     parameter_groups,
 )
@@ -185,6 +194,54 @@ def test_without_decay_all_layers_learn_alike() -> None:
     assert {group["lr"] for group in parameter_groups(model, 0.1, 0.05, 1)} == {0.1}
 
 
+def test_any_encoder_is_fine_tuned() -> None:
+    """A module with `pooler_output`, and a model of transformers around a timm net, whose layers are known."""
+    config = Dinov2Config(image_size=12, patch_size=6, hidden_size=12, num_hidden_layers=2, num_attention_heads=2)
+    wrapped = TimmWrapperConfig(architecture="resnet18", model_args={"channels": [8] * 4}, do_pooling=True)
+    for encoder, decay in ((Encoder(), 1.0), (Dinov2Model(config), 1.0), (TimmWrapperModel(wrapped), 0.5)):
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        encoder.requires_grad_(False)
+        metrics = fine_tune(encoder, image_set(6), image_set(9), quick(epochs=1, layer_decay=decay))
+        assert list(metrics) == ["top1", "top5", "train_loss"] and metrics["top5"] == 100
+        assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+class Wrapped(torch.nn.Module):
+    """An encoder of this package that does not show what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = slim_encoder()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_another_encoder_is_trained_like_one_of_this_package() -> None:
+    data = image_set(20), image_set(23), quick(layer_decay=0.7)
+    assert fine_tune(Wrapped(), *data) == pytest.approx(fine_tune(slim_encoder(), *data), rel=1e-6)
+
+
+def test_parameters_of_another_net_are_grouped_by_kind() -> None:
+    model = _Classifier(Dinov2Model(Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2)), 12, 3)
+    decays = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.1, 0.05, 1) for p in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (0.05 if p.ndim > 1 and name.endswith("weight") else 0.0), name
+    assert not decays[id(model.encoder.embeddings.position_embeddings)]
+
+
+def test_the_environment_does_not_decide(monkeypatch) -> None:
+    """Trainer would take the precision of the launcher; what else a launcher asks for is refused."""
+    run = functools.partial(fine_tune, slim_encoder(), image_set(12), image_set(6), quick(epochs=1))
+    expected = run()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run() == expected
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="ACCELERATE_USE_FSDP=true: the recipe decides, not the environment"):
+        run()
+
+
 def test_the_penalty_acts(tmp_path) -> None:
     errors = []
     for penalty in (None, OrthogonalityConfig(penalty="so", weight=1e-2)):
@@ -198,7 +255,7 @@ def test_the_penalty_acts(tmp_path) -> None:
 def test_the_protocols_are_pinned_and_run() -> None:
     assert {protocol.name: protocol.hash for protocol in FINE_TUNE_PROTOCOLS} == HASHES
     protocol = FINE_TUNE_PROTOCOLS[0]
-    assert protocol.seeded and protocol.headline == "top1"
+    assert protocol.seeded and protocol.primary_metric == "top1"
     other = dataclasses.replace(protocol, arguments=quick())
     assert other.hash != protocol.hash and other.settings()["arguments"]["epochs"] == 2
     assert set(other.run_on_images(slim_encoder(), image_set(12), image_set(6))) == {"top1", "top5", "train_loss"}
@@ -223,7 +280,11 @@ def test_bad_input_is_refused(tmp_path) -> None:
         fine_tune(slim_encoder(), image_set(8, labels=False), image_set(8))
     with pytest.raises(InputError, match="nothing: cannot be loaded as an encoder"):
         fine_tune(tmp_path / "nothing", image_set(8), image_set(8))
-    with pytest.raises(InputError, match="SSLResNetForImageClassification is no encoder of this package"):
+    with pytest.raises(InputError, match="a SSLResNetForImageClassification returns no pooler_output"):
         fine_tune(AutoModelForImageClassification.from_config(SSLResNetConfig()), image_set(8), image_set(8))
+    with pytest.raises(InputError, match="save_to: a Encoder has no classifier that could be saved"):
+        fine_tune(Encoder(), image_set(8), image_set(8), save_to=tmp_path)
+    with pytest.raises(InputError, match="layer_decay: only timm's nets have numbered layers; leave it 1"):
+        fine_tune(Encoder(), image_set(8), image_set(8), quick(layer_decay=0.5))
     with pytest.raises(InputError, match="the training diverged; lower learning_rate, 1e"):
         fine_tune(slim_encoder(), image_set(24), image_set(8), quick(learning_rate=1e30))

@@ -8,15 +8,18 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
 
-from hf_ssl_or.evaluation.collapse import lidar
+from hf_ssl_or.evaluation.collapse.measures import entropy_rank
+from hf_ssl_or.evaluation.collapse.view_scatter import ViewScatter
 
 _DESCRIPTION = "LiDAR: how many dimensions of features tell images apart, beside what tells views of one image apart."
 
 _INPUTS = """
 Args:
-    predictions: Features of several views of each image, (views, dimensions) per image, as many views of each.
-    delta: Ridge of the covariance within images; 1e-4, as in the paper.
+    predictions: Features of several views of each image, (views, dimensions) per image, as many views of each; or the
+        eigenvalues of their linear discriminants.
+    delta: Ridge of the covariance within images; 1e-4, as in the paper. Eigenvalues have theirs already.
     eps: Added to each share of the spectrum.
 
 Returns:
@@ -35,16 +38,21 @@ _CITATION = """\
 
 
 class Lidar(evaluate.Metric):
-    """Rank of the features' linear discriminants; `hf_ssl_or.evaluation.collapse.lidar`."""
+    """Rank of the features' linear discriminants; what `hf_ssl_or.evaluation.collapse.lidar` returns."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.List(datasets.List(datasets.Value("float64")))}),
+            features=[
+                datasets.Features({"predictions": datasets.List(datasets.List(datasets.Value("float64")))}),
+                datasets.Features({"predictions": datasets.Value("float64")}),
+            ],
             reference_urls=["https://arxiv.org/abs/2312.04000"],
         )
 
     def _compute(self, predictions: Sequence[Any], delta: float = 1e-4, eps: float = 1e-8) -> dict[str, float]:
-        return {"lidar": lidar(np.asarray(predictions), delta, eps)}
+        given = torch.from_numpy(np.asarray(predictions))
+        values_D = given if given.ndim == 1 else ViewScatter.of(given).discriminant_eigenvalues(delta)
+        return {"lidar": entropy_rank(values_D, eps)}

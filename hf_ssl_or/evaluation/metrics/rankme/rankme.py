@@ -8,14 +8,15 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
 
-from hf_ssl_or.evaluation.collapse import rankme
+from hf_ssl_or.evaluation.collapse.measures import entropy_rank, singular_values
 
 _DESCRIPTION = "RankMe: how many dimensions the features of an encoder use, measured without labels."
 
 _INPUTS = """
 Args:
-    predictions: Features, one row of numbers per image.
+    predictions: Features, one row of numbers per image; or their singular values.
     eps: Added to each share of the spectrum; 1e-7, as in the paper.
 
 Returns:
@@ -33,16 +34,20 @@ _CITATION = """\
 
 
 class Rankme(evaluate.Metric):
-    """Effective rank of features; `hf_ssl_or.evaluation.collapse.rankme`."""
+    """Effective rank of features; what `hf_ssl_or.evaluation.collapse.rankme` returns."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
+            features=[
+                datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
+                datasets.Features({"predictions": datasets.Value("float64")}),
+            ],
             reference_urls=["https://arxiv.org/abs/2210.02885"],
         )
 
     def _compute(self, predictions: Sequence[Any], eps: float = 1e-7) -> dict[str, float]:
-        return {"rankme": rankme(np.asarray(predictions), eps)}
+        given = torch.from_numpy(np.asarray(predictions))
+        return {"rankme": entropy_rank(given if given.ndim == 1 else singular_values(given), eps)}

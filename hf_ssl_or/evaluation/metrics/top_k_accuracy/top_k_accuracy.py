@@ -8,21 +8,19 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-import torch
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.protocols.base import in_top
 
-_DESCRIPTION = "Top-k accuracy: how often the right class is among the k classes with the highest scores."
+_DESCRIPTION = "Top-k accuracy: how often the right class is among the first k that are predicted."
 
 _INPUTS = """
 Args:
-    predictions: Scores, say logits: one row of numbers per image, one number per class.
+    predictions: Classes, the most likely first: one row per image, as many classes in each; -1 for none.
     references: The right class of each image, from 0.
     k: One or more numbers of classes.
 
 Returns:
-    top_<k>_accuracy: Between 0 and 1, for every k. Of equal scores the lower class comes first.
+    top_<k>_accuracy: Between 0 and 1, for every k.
 """
 
 _CITATION = """\
@@ -38,7 +36,7 @@ _CITATION = """\
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Share of images whose class is among the k best scored."""
+    """Share of images whose class is among the first k that are predicted."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -46,7 +44,7 @@ class TopKAccuracy(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
+                {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
             ),
             reference_urls=["https://arxiv.org/abs/1409.0575"],
         )
@@ -54,13 +52,12 @@ class TopKAccuracy(evaluate.Metric):
     def _compute(
         self, predictions: Sequence[Any], references: Sequence[int], k: int | Sequence[int] = (1, 5)
     ) -> dict[str, float]:
-        scores_NK, labels_N = torch.from_numpy(np.asarray(predictions)), torch.tensor(references)
-        if not bool(scores_NK.isfinite().all()):
-            raise InputError("predictions: some scores are NaN or infinite")
-        classes = scores_NK.shape[1]
-        if int(labels_N.min()) < 0 or int(labels_N.max()) >= classes:
-            raise InputError(f"references: classes must be from 0 to {classes - 1}, one for every score of a row")
+        if len({len(row) for row in predictions}) > 1:
+            raise InputError("predictions: every row must name as many classes")
+        if min(references) < 0:
+            raise InputError(f"references: classes count from 0, not {min(references)}")
         ks = [k] if isinstance(k, int) else list(k)
         if min(ks) < 1:
             raise InputError(f"k: at least 1, not {min(ks)}")
-        return {f"top_{n}_accuracy": float(in_top(scores_NK, labels_N, n).double().mean()) for n in ks}
+        right_NT = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {f"top_{n}_accuracy": float(right_NT[:, :n].any(1).mean()) for n in ks}

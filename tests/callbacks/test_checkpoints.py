@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_ssl_or.callbacks.checkpoints import BackgroundSaver
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.saving import BackgroundSaver
 
 
 class SlowStore(CheckpointStore):

@@ -1,4 +1,4 @@
-"""Looks at the encoder while it trains: ranks and spectra without labels, kNN where labels exist."""
+"""Evaluates the encoder while it trains: ranks and spectra without labels, kNN where labels exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_ssl_or.callbacks.base import SSLCallback
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
@@ -25,6 +26,22 @@ from hf_ssl_or.training.arguments import SSLTrainingArguments
 KNN_NEIGHBORS = 20
 
 
+class MonitorCallback(SSLCallback):
+    """Measures collapse, and kNN where there are labels, when an evaluation is due.
+
+    Args:
+        monitor: What measures.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def measure(self, trainer: Any) -> dict[str, float]:
+        """Returns the monitor's numbers; its spectra are written to the run's folder."""
+        path = trainer.run_dir / "spectra" / f"step-{trainer.state.global_step}.npz"
+        return self.monitor.evaluate(trainer.encoder, path)
+
+
 class Monitor:
     """Evaluates the encoder on a fixed, seeded sample of images.
 
@@ -32,7 +49,7 @@ class Monitor:
         images: Training images; ranks and spectra are measured on a sample of them.
         bank: Labeled images that vote in kNN, or None for no kNN.
         test: Labeled images that kNN classifies, or None for no kNN.
-        arguments: Returns the sample's size, the seed and the precision.
+        arguments: The sample's size, the seed and the precision.
         device: Where the encoder runs.
     """
 

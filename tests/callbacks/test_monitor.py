@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_ssl_or.callbacks.monitor import Monitor
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.collapse import collapse_report
@@ -18,7 +19,6 @@ from hf_ssl_or.evaluation.collapse.weight_spectra import weight_spectra
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.training.arguments import SSLTrainingArguments
-from hf_ssl_or.training.monitor import Monitor
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_input_is_measured_once(
     monitor: Monitor, encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor.evaluate(encoder, tmp_path / "step-1.npz")
-    monkeypatch.setattr("hf_ssl_or.training.monitor.input_spectrum", lambda images: pytest.fail("measured again"))
+    monkeypatch.setattr("hf_ssl_or.callbacks.monitor.input_spectrum", lambda images: pytest.fail("measured again"))
     monitor.evaluate(encoder, tmp_path / "step-2.npz")
     with np.load(tmp_path / "step-1.npz") as first, np.load(tmp_path / "step-2.npz") as second:
         np.testing.assert_array_equal(first["input"], second["input"])

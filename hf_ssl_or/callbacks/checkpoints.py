@@ -7,8 +7,43 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
+from hf_ssl_or.callbacks.base import SSLCallback
 from hf_ssl_or.training.checkpoint import CheckpointStore, snapshot
+
+
+class CheckpointCallback(SSLCallback):
+    """Saves a checkpoint when one is due, in the background, and keeps the best one besides."""
+
+    def __init__(self) -> None:
+        self.best: tuple[float, str] | None = None
+
+    def running(self, trainer: Any) -> BackgroundSaver:
+        """Runs the thread that writes."""
+        self.saver = BackgroundSaver(trainer.store)
+        return self.saver
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for a checkpoint of an encoder whose measure decides which one is kept."""
+        if (value := kwargs["metrics"].get(f"eval_{args.keep_best}")) is not None:
+            self.best, control.should_save = (value, args.keep_best), True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Copies the state and has it written."""
+        trainer, best = kwargs["trainer"], self.best
+        self.best = None
+        groups, values = trainer.checkpoint()
+        if state.is_world_process_zero:
+            self.saver.save(state.global_step, groups, values, best=best)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises what the last save raised, if it has ended."""
+        self.saver.check()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        self.saver.wait()
 
 
 class BackgroundSaver:

@@ -12,8 +12,41 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
+from hf_ssl_or.callbacks.base import SSLCallback
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.runs.reader import read_metrics
+
+
+class MetricsLogCallback(SSLCallback):
+    """Writes every log line, and every evaluation, to `metrics.jsonl` and to the trackers."""
+
+    @contextmanager
+    def running(self, trainer: Any) -> Iterator[None]:
+        """Opens the log of this session; the trackers get the recipe."""
+        self.log = MetricLog(trainer.run_dir / "metrics.jsonl", trainer.accelerator, trainer.state.global_step)
+        trainer.accelerator.init_trackers("hf_ssl_or", config=flatten(trainer.recipe))
+        yield
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes one line; an evaluation is told by transformers' prefix of its names."""
+        measured = {
+            name.removeprefix("eval_"): value for name, value in kwargs["logs"].items() if name.startswith("eval_")
+        }
+        self.log.write("monitor" if measured else "train", state.global_step - 1, measured or kwargs["logs"])
+
+
+def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | float | bool]:
+    """Flattens nested settings to dotted names, as trackers want them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in nested.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            flat |= flatten(value, name)
+        else:
+            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
 
 
 class MetricLog:
@@ -31,7 +64,7 @@ class MetricLog:
     def __init__(self, path: Path, accelerator: Accelerator, start_step: int) -> None:
         self.path, self.accelerator = path, accelerator
         if accelerator.is_main_process and path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] < start_step]
+            kept = [line for line in read_metrics(path).lines if line["step"] < start_step]
             temporary = path.with_suffix(".tmp")
             with _named(path):
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -44,19 +77,6 @@ class MetricLog:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; damaged lines are left out, such as a last one cut off by a kill or a full disk."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int:
-            lines.append(line)
-    return lines
 
 
 @contextmanager

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.report.run_reader import read_runs, read_weight
+from hf_ssl_or.runs.reader import read_run, read_runs
+from hf_ssl_or.runs.results import Metric
+from tests.run_folders import write_run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name, **settings: write_run(tmp_path / name, **settings)
 
 
 def test_everything_of_a_finished_run_is_read(make_run) -> None:
     (run,) = read_runs([make_run("so", seed=1)])
-    assert run.finished and not run.notes
+    assert run.results is not None and not run.notes
     assert [line["step"] for line in run.train] == list(range(1, 41))  # finished steps, as file names of spectra count
     assert [line["knn"] for line in run.monitor] == [39.0, 49.0, 59.0, 69.0]
     assert [step for step, _ in run.spectra] == [10, 40] and len(run.spectra[0][1]) == 10
-    knn, linear = run.scores
-    assert (knn.mean, knn.std, knn.values, knn.headline, knn.baselines) == (61.0, None, 1, True, {"untrained": 23.0})
-    assert (linear.mean, linear.std, linear.values, linear.baselines) == (72.25, 0.5, 3, {})
-    assert linear.data == "shapes (2000) → shapes (500)"
-    assert run.errors_before["timm_model.layer1.0.conv1.weight"] == 4.0 and len(run.errors) == 8
+    knn, linear = run.evaluations
+    assert knn.headline_metric == Metric(mean=61.0, std=None, values=[61.0])
+    assert run.results.baseline("untrained", knn, "top1_k20").mean == 23.0
+    assert linear.headline_metric.describe() == "72.25 ± 0.50" and [name for name, _ in linear.test_metrics()] == [
+        "top1"
+    ]
+    assert run.results.baseline("untrained", linear, "top1") is None and linear.data.test.size == 500
+    before = run.results.weights_before["timm_model.layer1.0.conv1.weight"]
+    assert before.orthogonality_error == 4.0 and len(run.results.weights) == 8
     assert run.features["features"].shape == (300, 32) and run.neighbors["images"].shape == (3, 5, 3, 16, 16)
-    assert run.preview is not None and run.setting("training.optimizer.lr") == 6e-3
-    assert read_weight(run, "timm_model.layer4.0.conv2.weight").shape == (64, 288)
+    assert run.views_picture is not None and run.setting("training.optimizer.lr") == 6e-3
+    assert run.weight("timm_model.layer4.0.conv2.weight").shape == (64, 288)
 
 
 def test_an_unfinished_run_says_so(make_run) -> None:
     (run,) = read_runs([make_run("half", finished=False)])
-    assert not run.finished and run.scores == [] and run.train
+    assert run.results is None and run.evaluations == [] and run.train
     assert run.notes == ["This run has not finished: it has no results.json, and so no evaluations."]
 
 
@@ -38,10 +49,12 @@ def test_damaged_lines_are_counted_and_later_lines_win(make_run) -> None:
     folder = make_run("run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('\n[1]\n{"kind": "train"}\n{"kind": "train", "step": "x"}\n')
-        file.write('{"kind": "train", "step": 3, "loss": 7.5, "word": "no"}\n{"kind": "tra')
+        file.write('{"kind": "train", "step": 3, "loss": 7.5, "word": "no", "large": 1e999}\n{"kind": "tra')
     (run,) = read_runs([folder])
-    assert len(run.notes) == 1 and "5 damaged lines" in run.notes[0] and "lines 45, 46, 47, 48, 50" in run.notes[0]
-    assert len(run.train) == 40 and run.train[3] == {"step": 4, "loss": 7.5}
+    assert run.notes == [
+        "metrics.jsonl was left out, or a part of it: damaged lines: 45, 46, 47, 48."
+    ]  # 50 is cut off
+    assert len(run.train) == 40 and run.train[3] == {"step": 4, "loss": 7.5, "large": float("inf")}
 
 
 def test_damaged_files_become_notes(make_run) -> None:
@@ -55,22 +68,28 @@ def test_damaged_files_become_notes(make_run) -> None:
     (run,) = read_runs([folder])
     named = ("results.json", "recipe.yaml", "step-40", "features.npz", "neighbors.npz", "views.png")
     assert len(run.notes) == len(named) and all(any(name in note for note in run.notes) for name in named), run.notes
-    assert [step for step, _ in run.spectra] == [10] and run.preview is None and run.train
+    assert [step for step, _ in run.spectra] == [10] and run.views_picture is None and run.train
 
 
-@pytest.mark.parametrize(
-    "results",
-    [
-        {"evaluations": [{"metrics": {"top1": 3}}]},
-        {"evaluations": 5, "weights": [1]},
-        {"evaluations": [7], "baselines": 3, "weights": {"a": 1}},
-    ],
-)
-def test_results_of_another_shape_become_a_note(make_run, results: dict) -> None:
+def test_results_of_another_form_become_a_note(make_run) -> None:
     folder = make_run("run")
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text('{"schema_version": 1, "evaluations": 5}')
     (run,) = read_runs([folder])
-    assert run.scores == [] and run.errors == {} and "an evaluation cannot be read" in run.notes[0]
+    assert run.results is None and run.notes == ["results.json was left out, or a part of it: recipe: is missing."]
+
+
+def test_times_and_rates_are_those_of_the_log(make_run) -> None:
+    run = read_run(make_run("run"))
+    rates = [line["images_per_second"] for line in run.metrics.lines if line["kind"] == "train"]
+    assert run.steps == 40 and run.images_per_second == pytest.approx(np.median(rates))
+    assert run.step_seconds == pytest.approx(sum(256 / rate for rate in rates))
+
+
+def test_checkpoints_are_listed_by_step(make_run) -> None:
+    folder = make_run("run")
+    for name in ("step-9", "step-10", "step-x", ".tmp-step-11"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    assert read_run(folder).checkpoints == [9, 10]
 
 
 def test_pickles_are_not_loaded(make_run) -> None:

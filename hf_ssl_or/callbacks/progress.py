@@ -5,10 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerControl, TrainerState
+
+from hf_ssl_or.callbacks.base import SSLCallback
+
+
+class ProgressCallback(SSLCallback):
+    """Shows the progress of the run on standard error."""
+
+    def running(self, trainer: Any) -> RunProgress:
+        """Shows the bar while training runs."""
+        state = trainer.state
+        self.progress = RunProgress(state.global_step, state.max_steps, enabled=state.is_world_process_zero)
+        return self.progress
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Counts one step."""
+        self.progress.advance()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Shows the newest numbers."""
+        measured = {
+            name.removeprefix("eval_"): value for name, value in kwargs["logs"].items() if name.startswith("eval_")
+        }
+        self.progress.show_monitor(measured) if measured else self.progress.show(kwargs["logs"])
 
 
 class Waited(Protocol):
@@ -87,7 +111,7 @@ class Clock:
         self.resume()
 
     def resume(self) -> None:
-        """Goes on after an evaluation or a checkpoint, which is not training time."""
+        """Continues after an evaluation or a checkpoint, which is not training time."""
         self._started, self._waited = self.now(), self.loader.wait_s
 
     def tick(self) -> None:
