@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
+from hf_ssl_or.data.callable_views import CallablePlan, CallableViewMaker, CallableViews, Failure
 from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, first_readable, note_unreadable
 from hf_ssl_or.data.in_memory import ListSource
-from hf_ssl_or.data.own_views import Failure, OwnPlan, OwnViewMaker, OwnViews
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
 from hf_ssl_or.data.sampling import Order, ShuffledOrder
 from hf_ssl_or.data.views import clean_views, crop_views, normalize_views, render_views, sample_parameters
@@ -202,23 +202,23 @@ class ImageSet:
             return
         yield from self._views_of_crops(plans, device)
 
-    def own_views(
-        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    def callable_views(
+        self, plans: Iterable[CallablePlan], lists: Sequence[CallableViews], device: torch.device | str = "cpu"
     ) -> Iterator[Rendered]:
-        """Yields the views that own functions make, plan by plan, normalized: (V, B, C, h, w) for each list.
+        """Yields the views that callables make, plan by plan, normalized: (V, B, C, h, w) for each list.
 
-        Worker processes call the functions ahead of time, where these can travel to them.
+        Worker processes call them ahead of time, where they can be pickled.
 
         Raises:
-            InputError: A function fails, or does not return one view.
+            InputError: A callable fails, or does not return one view.
         """
-        maker = OwnViewMaker(self.job, self.load_full(), lists)
-        workers = None if all(own.travels for own in lists) else 0
+        maker = CallableViewMaker(self.job, self.load_full(), lists)
+        workers = None if all(views.picklable for views in lists) else 0
         for made, index_B in self._loader(plans, maker, device, workers=workers):
             yield self._normalized(made, device), index_B
 
     def _normalized(self, made: list[Tensor] | Failure, device: torch.device | str) -> list[Tensor]:
-        """Moves own views to the device and normalizes them."""
+        """Moves callable views to the device and normalizes them."""
         if isinstance(made, Failure):
             raise InputError(made.message) from made.cause
         return [normalize_views(x.to(device, non_blocking=True), self.preprocessing) for x in made]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
+from hf_ssl_or.data.callable_views import CallablePlan, CallableViews, render_all
 from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
 from hf_ssl_or.data.image_dataset import (
     ImageSet,
@@ -29,7 +30,6 @@ from hf_ssl_or.data.image_dataset import (
     render_groups,
     write_crops,
 )
-from hf_ssl_or.data.own_views import OwnPlan, OwnViews, render_all
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
     default_bound,
@@ -257,12 +257,12 @@ class StreamingImageSet(ImageSet):
 
         yield from self._decode(plans, lambda plan: plan.index_B, begin)
 
-    def own_views(
-        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    def callable_views(
+        self, plans: Iterable[CallablePlan], lists: Sequence[CallableViews], device: torch.device | str = "cpu"
     ) -> Iterator[Rendered]:
-        """Yields the views that own functions make; they are called in this process, which owns its random states."""
+        """Yields the views that callables return; they are called in this process, which owns its random states."""
 
-        def begin(plan: OwnPlan) -> tuple[tuple[list[Any], OwnPlan], Fill]:
+        def begin(plan: CallablePlan) -> tuple[tuple[list[Any], CallablePlan], Fill]:
             images: list[Any] = [None] * len(plan.index_B)
 
             def fill(b: int, reader: Reader, place: int) -> str | None:
