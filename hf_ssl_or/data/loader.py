@@ -195,8 +195,8 @@ def _callable_views(views: _ViewList, images: ImageSet, seed: int) -> CallableVi
         size = views.specs[0].size or images.image_size
         if called.size != (size, size):
             raise InputError(
-                f"views: callables return views of {called.size[0]} x {called.size[1]} pixels, specs of {size} x {size}; all "
-                "views of a list have one size"
+                f"views: callables return views of {called.size[0]} x {called.size[1]} pixels, specs of {size} x "
+                f"{size}; all views of a list have one size"
             )
     return called
 
