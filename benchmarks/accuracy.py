@@ -34,7 +34,7 @@ from typing import Any
 
 from common import Row, Table, parser, write
 
-from hf_ssl_or.hub.run_record import read_facts, read_log
+from hf_ssl_or.runs.reader import read_metrics, read_run
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "cifar10" / "barlow_twins" / "resnet18-slim.yaml"
@@ -109,7 +109,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> Path:
 def looks(folder: Path, batch: int, views: int) -> list[tuple[float, float, float]]:
     """Returns thousands of views, seconds in steps and kNN accuracy of every look."""
     seconds, done, found = 0.0, 0, []
-    for line in read_log(folder):
+    for line in read_metrics(folder / "metrics.jsonl").lines:
         if line["kind"] == "train":
             seconds += (line["step"] + 1 - done) * batch / line["images_per_second"]
             done = line["step"] + 1
@@ -131,15 +131,15 @@ def cost(threshold: float, curve: list[tuple[float, float, float]]) -> tuple[flo
 
 def measures(folder: Path, thresholds: list[float]) -> dict[str, float | None]:
     """Reads what one run came to."""
-    facts = read_facts(folder)
-    curve = looks(folder, facts.recipe["training"]["batch_size"], facts.recipe["views"]["count"])
+    run = read_run(folder)
+    curve = looks(folder, run.recipe["training"]["batch_size"], run.recipe["views"]["count"])
     costs = {threshold: cost(threshold, curve) for threshold in thresholds}
-    top1 = {entry["protocol"]: entry["metrics"][entry["headline"]]["mean"] for entry in facts.evaluations}
+    top1 = {entry.protocol: entry.headline_metric.mean for entry in run.evaluations}
     return {
         "knn": top1["knn"],
         "linear": top1["linear-lbfgs"],
-        "rankme": facts.results["collapse"]["rankme"],
-        "seconds": facts.step_seconds,
+        "rankme": run.results.collapse.measures["rankme"],
+        "seconds": run.step_seconds,
         **{f"to_{threshold:g}": views for threshold, (views, _) in costs.items()},
         **{f"seconds_to_{threshold:g}": seconds for threshold, (_, seconds) in costs.items()},
     }
@@ -148,7 +148,7 @@ def measures(folder: Path, thresholds: list[float]) -> dict[str, float | None]:
 def summary(arm: str, folders: list[Path], args: argparse.Namespace) -> Row:
     """Returns mean and standard deviation over the seeds; None where a seed has no value."""
     found = [measures(folder, args.thresholds) for folder in folders]
-    row: Row = {"name": arm, "epochs": read_facts(folders[0]).recipe["training"]["epochs"], "seeds": len(found)}
+    row: Row = {"name": arm, "epochs": read_run(folders[0]).recipe["training"]["epochs"], "seeds": len(found)}
     for key in found[0]:
         values: list[Any] = [one[key] for one in found]
         known = None not in values

@@ -21,8 +21,8 @@ from transformers import AutoModel
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.export import TARGETS, export
-from hf_ssl_or.hub.export.model import Lines, read_portable
-from hf_ssl_or.hub.export.parity import compare
+from hf_ssl_or.hub.export.model import read_portable
+from hf_ssl_or.hub.verify import REMOTE_CODE, compare
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
@@ -37,17 +37,6 @@ ENCODERS = {
     "ViT-small": ("vit_small", {}),
     "ViT-small, average pooling, 32 px": ("vit_small", {"image_size": 32, "patch_size": 4, "pooling": "avg"}),
 }
-REMOTE = Lines(
-    library="remote code",
-    packages="transformers timm torchvision",
-    imports=("import torch", "from transformers import AutoImageProcessor, AutoModel"),
-    load=(
-        'encoder = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()\n'
-        'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
-    ),
-    prepare='pixel_values = processor("PHOTO", return_tensors="pt").pixel_values\n',
-    call="with torch.inference_mode():\n    features = encoder(pixel_values).pooler_output\n",
-)
 COLUMNS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "onnx": "ONNX Runtime"}
 
 
@@ -79,7 +68,7 @@ def row(name: str, options: dict) -> dict[str, float | str]:
         folder = Path(temporary) / "net"
         model = make(folder, name, options)
         found: dict[str, float | str] = {"ours, reloaded": reloaded(model, folder)}
-        found["ours, remote code"] = compare(read_portable(folder), folder, [REMOTE])[REMOTE.library]["features"]
+        found["ours, remote code"] = compare(read_portable(folder), folder, [REMOTE_CODE])["transformers"]["features"]
         for target in TARGETS:
             try:
                 differences = export(folder, target, Path(temporary) / target).differences

@@ -26,7 +26,7 @@ import numpy as np
 from common import Row, Table, parser, write
 from PIL import Image
 
-from hf_ssl_or.hub.run_record import read_facts
+from hf_ssl_or.runs.reader import read_run
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "cifar10" / "barlow_twins" / "resnet18-slim.yaml"
@@ -96,15 +96,15 @@ def run(arm: str, seed: int, folder: Path, data: Path, epochs: int, threads: int
 
 def summary(arm: str, folders: list[Path]) -> Row:
     """Returns mean and standard deviation over the seeds."""
-    facts = [read_facts(folder) for folder in folders]
-    values = [one.evaluations[0]["metrics"][one.evaluations[0]["headline"]]["mean"] for one in facts]
+    records = [read_run(folder) for folder in folders]
+    values = [one.evaluations[0].headline_metric.mean for one in records]
     return {
         "name": arm,
         "seeds": len(values),
         "knn": statistics.fmean(values),
         "knn_std": statistics.stdev(values) if len(values) > 1 else None,
         "knn_values": values,
-        "seconds": statistics.fmean(one.step_seconds or 0.0 for one in facts),
+        "seconds": statistics.fmean(one.step_seconds or 0.0 for one in records),
     }
 
 

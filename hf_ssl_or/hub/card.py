@@ -18,12 +18,18 @@ from jinja2 import Environment, StrictUndefined
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub import card_sections
 from hf_ssl_or.hub.citations import BANSAL_2018, GHOSH_2024, HE_2024
-from hf_ssl_or.hub.limitations import limits
+from hf_ssl_or.hub.limitations import limitations
 from hf_ssl_or.hub.markdown import block, clean, code, escape, table
-from hf_ssl_or.hub.run_record import FIGURE, RunFacts, hub_dataset, read_facts, read_log, without_paths
+from hf_ssl_or.hub.published_run import hub_dataset, published_run
+from hf_ssl_or.hub.redaction import without_paths
 from hf_ssl_or.hub.snippets import usage
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.reader import RunRecord
+from hf_ssl_or.runs.results import Evaluation
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
+_COMPARED = ("rankme", "alpha_req")
 _LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -33,7 +39,7 @@ def build_card(
     """Writes the card of a run.
 
     Args:
-        run_folder: Folder of the run; `figures/spectra.png` in it, which `hf-ssl-or report` draws, is linked.
+        run_folder: Folder of the run; `figures/spectra.png` in it, which `hf-ssl-or report` plots, is linked.
         repo_id: Where the encoder goes on the Hub, "owner/name"; None writes about the local folder.
         license: The Hub's identifier of the model's license, say "apache-2.0"; None says that none was stated.
         data_license: The license of the training images in any words; None likewise.
@@ -41,12 +47,12 @@ def build_card(
     Raises:
         InputError: A file of the run is missing or damaged, or a name is none that the Hub takes.
     """
-    facts = read_facts(Path(run_folder))
+    run = published_run(Path(run_folder))
     _check(repo_id, license)
-    with _readable(facts.folder):
-        title = facts.name if repo_id is None else repo_id.split("/")[-1]
-        data = _metadata(facts, clean(title), license)
-        body = _render(facts, title, repo_id, license, data_license)
+    with _readable(run.folder):
+        title = run.name if repo_id is None else repo_id.split("/")[-1]
+        data = _metadata(run, clean(title), license)
+        body = _render(run, title, repo_id, license, data_license)
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
@@ -65,18 +71,18 @@ def card_files(
     """
     folder = Path(run_folder)
     card = build_card(folder, repo_id=repo_id, license=license, data_license=data_license)
-    facts = read_facts(folder)
-    files = {"README.md": str(card), "recipe.yaml": yaml.safe_dump(facts.recipe, sort_keys=False, width=119)}
-    if facts.results:
-        files["results.json"] = json.dumps(facts.results, indent=2) + "\n"
-    if lines := read_log(folder):
-        files["metrics.jsonl"] = "".join(json.dumps(without_paths(line)) + "\n" for line in lines)
-    for dataset, entries in _leaderboard_entries(facts).items():
+    run = published_run(folder)
+    files = {"README.md": str(card), layout.RECIPE: yaml.safe_dump(run.recipe, sort_keys=False, width=119)}
+    if run.results is not None:
+        files[layout.RESULTS] = json.dumps(run.results.to_dict(), indent=2) + "\n"
+    if lines := run.metrics.lines:
+        files[layout.METRICS] = "".join(json.dumps(without_paths(line)) + "\n" for line in lines)
+    for dataset, entries in _leaderboard_entries(run).items():
         path = f".eval_results/{dataset.replace('/', '--')}.yaml"
         files[path] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
     contents = {path: text.encode() for path, text in files.items()}
-    if (folder / FIGURE).is_file():
-        contents[FIGURE] = (folder / FIGURE).read_bytes()
+    if (folder / layout.SPECTRA_FIGURE).is_file():
+        contents[layout.SPECTRA_FIGURE] = (folder / layout.SPECTRA_FIGURE).read_bytes()
     return contents
 
 
@@ -95,7 +101,7 @@ def write_card(
     stated: dict[str, Any] = {"license": license, "data_license": data_license}
     files = card_files(run_folder, **stated)
     if output.suffix == ".md":
-        folder, files = output.parent, {output.name: files["README.md"], **_only(files, FIGURE)}
+        folder, files = output.parent, {output.name: files["README.md"], **_only(files, layout.SPECTRA_FIGURE)}
         written = _write(folder, files)
     else:
         written = _write(output, files)
@@ -105,35 +111,27 @@ def write_card(
 
 def comparison_table(run_folders: Sequence[Path]) -> str:
     """Returns a table of runs: what was run, the headline of each protocol, signs of collapse, and the time."""
-    runs = [read_facts(Path(folder)) for folder in run_folders]
-    found = []
-    for facts in runs:
-        with _readable(facts.folder):
-            found.append(
-                {
-                    _headline(entry): card_sections.spread(entry["metrics"][entry["headline"]])
-                    for entry in facts.evaluations
-                }
-            )
+    runs = [published_run(Path(folder)) for folder in run_folders]
+    found = [{_headline(entry): entry.headline_metric.describe() for entry in run.evaluations} for run in runs]
     columns = list(dict.fromkeys(key for headlines in found for key in headlines))
     rows = []
-    for facts, headlines in zip(runs, found, strict=True):
-        with _readable(facts.folder):
-            rows.append(_comparison_row(facts, [headlines.get(key, card_sections.NONE) for key in columns]))
+    for run, headlines in zip(runs, found, strict=True):
+        with _readable(run.folder):
+            rows.append(_comparison_row(run, [headlines.get(key, card_sections.NONE) for key in columns]))
     heads = [
         f"{code(protocol)} {card_sections.measure(name)}, % ({code(digest)})" for protocol, name, digest in columns
     ]
-    words, numbers = ["Encoder", "Method", "Penalty"], ["Views", "Epochs", *heads, "RankMe", "alpha-ReQ", "Minutes"]
+    labels = [metric_label(name).name for name in _COMPARED]
+    words, numbers = ["Encoder", "Method", "Penalty"], ["Views", "Epochs", *heads, *labels, "Minutes"]
     return table([*words, *numbers], rows, words=3)
 
 
-def _headline(entry: dict[str, Any]) -> tuple[str, str, str]:
-    return entry["protocol"], entry["headline"], entry["protocol_hash"]
+def _headline(entry: Evaluation) -> tuple[str, str, str]:
+    return entry.protocol, entry.headline, entry.protocol_hash
 
 
-def _comparison_row(facts: RunFacts, headlines: Sequence[str]) -> list[str]:
-    recipe, collapse = facts.recipe, facts.results.get("collapse", {})
-    seconds = facts.step_seconds
+def _comparison_row(run: RunRecord, headlines: Sequence[str]) -> list[str]:
+    recipe, measures = run.recipe, {} if run.results is None else run.results.collapse.measures
     return [
         code(recipe["encoder"]["name"]),
         code(recipe["method"]["name"]),
@@ -141,8 +139,8 @@ def _comparison_row(facts: RunFacts, headlines: Sequence[str]) -> list[str]:
         f"{recipe['views']['count']:d}",
         f"{recipe['training']['epochs']:g}",
         *headlines,
-        *(f"{collapse[name]:.4g}" if name in collapse else card_sections.NONE for name in ("rankme", "alpha_req")),
-        card_sections.NONE if seconds is None else f"{seconds / 60:.1f}",
+        *(f"{measures[name]:.4g}" if name in measures else card_sections.NONE for name in _COMPARED),
+        card_sections.NONE if run.step_seconds is None else f"{run.step_seconds / 60:.1f}",
     ]
 
 
@@ -184,8 +182,8 @@ def _write(folder: Path, files: dict[str, bytes]) -> list[Path]:
 # Metadata
 
 
-def _metadata(facts: RunFacts, name: str, license: str | None) -> ModelCardData:
-    recipe, dataset = facts.recipe, hub_dataset(facts.recipe["data"]["dataset"])
+def _metadata(run: RunRecord, name: str, license: str | None) -> ModelCardData:
+    recipe, dataset = run.recipe, hub_dataset(run.recipe["data"]["dataset"])
     penalty = recipe["orthogonality"]["penalty"]
     penalties = [] if penalty == "none" else ["orthogonality-regularization", clean(penalty)]
     return ModelCardData(
@@ -195,84 +193,90 @@ def _metadata(facts: RunFacts, name: str, license: str | None) -> ModelCardData:
         tags=["hf_ssl_or", "self-supervised-learning", clean(recipe["method"]["name"]), *penalties],
         datasets=[dataset] if dataset else None,
         model_name=name,
-        eval_results=list(eval_results(facts)) or None,
+        eval_results=list(eval_results(run)) or None,
     )
 
 
-def eval_results(facts: RunFacts) -> Iterator[EvalResult]:
+def eval_results(run: RunRecord) -> Iterator[EvalResult]:
     """Yields every measure of every evaluation as an entry of the card's `model-index`, in % as in `results.json`."""
-    for entry in facts.evaluations:
-        dataset = entry["data"]["test"]["name"]
-        for name, value in card_sections.shown_metrics(entry):
-            how: dict[str, Any] = {key: clean(entry[key]) for key in ("protocol", "protocol_hash")}
-            how |= {"seeds": entry["seeds"]} if entry["seeds"] else {}
-            how |= {"std": value["std"]} if value["std"] is not None else {}
+    for entry, dataset in _evaluated(run):
+        for name, value in entry.test_metrics():
+            how: dict[str, Any] = {"protocol": clean(entry.protocol), "protocol_hash": clean(entry.protocol_hash)}
+            how |= {"seeds": entry.seeds} if entry.seeds else {}
+            how |= {"std": value.std} if value.std is not None else {}
             yield EvalResult(
                 task_type="image-classification",
                 task_name="Image classification on frozen features",
                 dataset_type=hub_dataset(dataset) or clean(dataset),
                 dataset_name=clean(dataset),
-                dataset_split=clean(facts.evaluation_data["test_split"]),
+                dataset_split=clean(card_sections.evaluation_settings(run)["test_split"]),
                 metric_type="accuracy",
-                metric_name=f"{clean(entry['protocol'])} {clean(name)}, %",
-                metric_value=value["mean"],
+                metric_name=f"{clean(entry.protocol)} {clean(name)}, %",
+                metric_value=value.mean,
                 metric_args=how,
             )
 
 
-def _leaderboard_entries(facts: RunFacts) -> dict[str, list[EvalResultEntry]]:
+def _leaderboard_entries(run: RunRecord) -> dict[str, list[EvalResultEntry]]:
     """Returns the headline of each protocol, by data set of the Hub, for the `.eval_results` folder."""
     found: dict[str, list[EvalResultEntry]] = {}
-    for entry in facts.evaluations:
-        if dataset := hub_dataset(entry["data"]["test"]["name"]):
-            notes = f"frozen features, {clean(entry['protocol'])} {clean(entry['headline'])} in %, split "
-            notes += f"{clean(facts.evaluation_data['test_split'])}, protocol hash {clean(entry['protocol_hash'])}"
-            value = entry["metrics"][entry["headline"]]["mean"]
+    for entry, name in _evaluated(run):
+        if dataset := hub_dataset(name):
+            notes = f"frozen features, {clean(entry.protocol)} {clean(entry.headline)} in %, split "
+            notes += f"{clean(card_sections.evaluation_settings(run)['test_split'])}, "
+            notes += f"protocol hash {clean(entry.protocol_hash)}"
+            value = entry.headline_metric.mean
             result = EvalResultEntry(dataset_id=dataset, task_id="default", value=value, notes=notes)
             found.setdefault(dataset, []).append(result)
     return found
+
+
+def _evaluated(run: RunRecord) -> list[tuple[Evaluation, str]]:
+    """Returns the evaluations that name their test images, with that name."""
+    return [(entry, entry.data.test.name) for entry in run.evaluations if entry.data is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 
-def _render(facts: RunFacts, title: str, repo_id: str | None, license: str | None, data_license: str | None) -> str:
+def _render(run: RunRecord, title: str, repo_id: str | None, license: str | None, data_license: str | None) -> str:
     """Fills the template. It is rendered once, so text of the run that looks like a template stays text."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    layers_summary, layers = card_sections.layers(facts)
-    evaluated = bool(facts.evaluations)
+    layers_summary, layers = card_sections.layers(run)
+    evaluated = bool(run.evaluations)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=escape(title),
-        summary=card_sections.summary(facts),
+        summary=card_sections.summary(run),
         repo_id=repo_id,
-        **usage(facts, repo_id),
-        pixels=card_sections.pixels(facts),
-        evaluated_on=card_sections.evaluated_on(facts) if evaluated else "",
-        evaluation=card_sections.evaluation(facts) if evaluated else "",
-        reading=card_sections.reading(facts) if evaluated else "",
-        protocols=card_sections.protocols(facts) if evaluated else "",
-        collapse=card_sections.collapse(facts),
-        figure=FIGURE if (facts.folder / FIGURE).is_file() else "",
+        **usage(run, repo_id),
+        pixels=card_sections.pixels(run),
+        evaluated_on=card_sections.evaluated_on(run) if evaluated else "",
+        evaluation=card_sections.evaluation(run) if evaluated else "",
+        reading=card_sections.reading(run) if evaluated else "",
+        protocols=card_sections.protocols(run) if evaluated else "",
+        collapse=card_sections.collapse(run),
+        skipped=card_sections.skipped(run),
+        figure=layout.SPECTRA_FIGURE if (run.folder / layout.SPECTRA_FIGURE).is_file() else "",
         layers_summary=layers_summary,
         layers=layers,
-        training=card_sections.training(facts),
-        recipe=block(yaml.safe_dump(facts.recipe, sort_keys=False, width=119), "yaml"),
-        compute=card_sections.compute(facts),
-        limits="\n".join(f"- {limit}" for limit in limits(facts)),
+        training=card_sections.training(run),
+        recipe=block(yaml.safe_dump(run.recipe, sort_keys=False, width=119), "yaml"),
+        compute=card_sections.compute(run),
+        limitations="\n".join(f"- {limitation}" for limitation in limitations(run)),
         license=code(license) if license else "no license was stated",
         data_license=escape(data_license) if data_license else "no license was stated",
-        generated=facts.recipe["data"]["dataset"] == "shapes",
-        citations=block("\n\n".join(_citations(facts)), "bibtex"),
+        generated=run.recipe["data"]["dataset"] == "shapes",
+        citations=block("\n\n".join(_citations(run)), "bibtex"),
     )
 
 
-def _citations(facts: RunFacts) -> list[str]:
-    penalty, papers = facts.recipe["orthogonality"]["penalty"], [card_sections.method_of(facts)[1]]
+def _citations(run: RunRecord) -> list[str]:
+    penalty, papers = run.recipe["orthogonality"]["penalty"], [card_sections.method_of(run)[1]]
     if penalty in ("so", "srip"):
         papers.append(HE_2024)
     if penalty != "none":
         papers.append(BANSAL_2018)
-    if facts.recipe["views"]["count"] > 2:
+    if run.recipe["views"]["count"] > 2:
         papers.append(GHOSH_2024)
     return [paper for paper in papers if paper]

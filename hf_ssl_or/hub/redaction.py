@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 
 from hf_ssl_or.errors import InputError
 
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}\b")
+_PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[A-Za-z][\w+.-]*://")
 _MASK = "hf_***"
 _TEXT = (".json", ".yaml", ".md", ".py", ".svg")
 
@@ -26,6 +28,17 @@ def scrubbed_text(text: str, run_folder: Path) -> str:
     for folder in _private_folders(run_folder):
         text = re.sub(rf"{re.escape(folder)}(/[^\s'\"`:,;]*)?", lambda match: Path(match[0]).name, text)
     return mask(text)
+
+
+def without_paths(value: Any) -> Any:
+    """Shortens every path and address in plain data to its last part, which names no user and no host."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and _PATH.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] or "folder"
+    return value
 
 
 def refuse_secrets(files: dict[str, Path], run_folder: Path) -> None:

@@ -11,20 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.hub.card import card_files
 from hf_ssl_or.hub.export.model import CONVERSION
 from hf_ssl_or.hub.export.timm import add_timm_files
-from hf_ssl_or.hub.redaction import refuse_secrets, scrubbed_text
-from hf_ssl_or.hub.run_record import hub_dataset, without_paths
-from hf_ssl_or.hub.verify import prove
+from hf_ssl_or.hub.published_run import hub_dataset, published_run
+from hf_ssl_or.hub.redaction import refuse_secrets, scrubbed_text, without_paths
+from hf_ssl_or.hub.snippets import described_encoder
+from hf_ssl_or.hub.verify import prove, prove_as_itself
 from hf_ssl_or.hub.weight_files import WEIGHTS, weight_files, weights_sha256
 from hf_ssl_or.models import auto
+from hf_ssl_or.runs import layout
+from hf_ssl_or.runs.results import OWN_LIBRARY, read_results
 
-_CODE = (CONVERSION.name, *(path.name for path in CONVERSION.parent.glob("*_ssl*.py")))
+_CODE = tuple(path.name for path in CONVERSION.parent.glob("*.py"))
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _CARD_FILES = ("README.md", "recipe.yaml", "results.json")
 _OF_IMAGES = ("views", "neighbors")  # figures that show images of the data set
@@ -61,9 +67,13 @@ def collect(run_folder: Path, to: Path, *, repo_id: str, statements: Statements)
     encoder = _encoder_folder(run_folder)
     _check_results(run_folder, encoder)
     _copy_encoder(encoder, to)
-    if (to / WEIGHTS).is_file():  # timm reads no shards
-        add_timm_files(to)
-    prove(to, encoder)
+    described = described_encoder(published_run(run_folder))
+    if described.library != OWN_LIBRARY:
+        prove_as_itself(to, encoder, described)
+    else:
+        if (to / WEIGHTS).is_file():  # timm reads no shards
+            add_timm_files(to, check=False)
+        prove(to, encoder)
     _write_card(run_folder, to, repo_id, statements)
     _copy_figures(run_folder, to)
     files = {path.relative_to(to).as_posix(): path for path in sorted(to.rglob("*")) if path.is_file()}
@@ -89,11 +99,29 @@ def run_at_checkpoint(run_folder: Path, checkpoint: Path, template: Path) -> Ite
         with safe_open(checkpoint / "method.safetensors", framework="pt") as tensors:
             names = [name for name in tensors.keys() if name.startswith("encoder.")]  # noqa: SIM118 - no mapping
             weights = {name.removeprefix("encoder."): tensors.get_tensor(name) for name in names}
-        save_torch_state_dict(weights, folder / "encoder", max_shard_size=SHARD_SIZE)
-        for file in ("recipe.yaml", "metrics.jsonl"):
+        _save_weights(weights, template, folder / layout.ENCODER)
+        for file in (layout.RECIPE, layout.METRICS):
             if (run_folder / file).is_file():
                 shutil.copyfile(run_folder / file, folder / file)
         yield folder
+
+
+def _save_weights(weights: dict[str, Tensor], template: Path, folder: Path) -> None:
+    """Writes an encoder's weights as its template has them: an encoder saved as itself is wrapped while it trains."""
+    config = json.loads((template / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type", "").startswith("ssl_"):
+        save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
+        return
+    weights = {name.removeprefix("net."): tensor for name, tensor in weights.items()}
+    if "model_type" in config:
+        model = AutoModel.from_pretrained(template, use_safetensors=True)
+        model.load_state_dict(weights)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    with safe_open(template / WEIGHTS, framework="pt") as tensors:  # shared weights are stored once
+        names = list(tensors.keys())
+    save_file({name: weights[name].contiguous() for name in names}, folder / WEIGHTS, {"format": "pt"})
 
 
 def _encoder_folder(run_folder: Path) -> Path:
@@ -111,13 +139,10 @@ def _encoder_folder(run_folder: Path) -> Path:
 
 def _check_results(run_folder: Path, encoder: Path) -> None:
     """Refuses results that were measured on other weights; a run without results has nothing to check."""
-    path, found = run_folder / "results.json", weights_sha256(encoder)
+    path = run_folder / layout.RESULTS
     if not path.is_file():
         return
-    try:
-        evaluated = json.loads(path.read_text(encoding="utf-8")).get("weights_sha256")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    evaluated, found = read_results(path).weights_sha256, weights_sha256(encoder)
     if evaluated != found:
         what = "is of another encoder than encoder/" if evaluated else "does not say which weights it evaluated"
         raise InputError(f"{path}: {what}; hf-ssl-or train {run_folder} --resume measures anew; nothing was pushed")
@@ -141,8 +166,6 @@ def _copy_encoder(encoder: Path, to: Path) -> None:
 
 
 def _write_card(run_folder: Path, to: Path, repo_id: str, statements: Statements) -> None:
-    from hf_ssl_or.hub.card import card_files
-
     stated: dict[str, Any] = {"license": statements.license, "data_license": statements.data_license}
     for path, content in card_files(run_folder, repo_id=repo_id, **stated).items():
         if path in _CARD_FILES or path.startswith(".eval_results/"):
@@ -152,8 +175,7 @@ def _write_card(run_folder: Path, to: Path, repo_id: str, statements: Statements
 
 def _copy_figures(run_folder: Path, to: Path) -> None:
     """Copies the figures; those that show images of somebody's own folder stay at home."""
-    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    dataset = recipe["data"]["dataset"]
+    dataset = published_run(run_folder).recipe["data"]["dataset"]
     public = dataset == "shapes" or hub_dataset(dataset) is not None
     for figure in sorted((run_folder / "figures").glob("*.png")):
         if figure.is_file() and not figure.is_symlink() and (public or not figure.stem.startswith(_OF_IMAGES)):

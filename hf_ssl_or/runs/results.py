@@ -16,6 +16,7 @@ from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.runs.labels import printable
 
 SCHEMA_VERSION = 1
+OWN_LIBRARY = "hf_ssl_or"
 _COLLAPSE_KEYS = ("samples", "dimension", "notes", "alpha_req_range")
 
 
@@ -185,6 +186,22 @@ class WeightMeasures(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderDescription(_Record):
+    """How the saved encoder is loaded.
+
+    Attributes:
+        library: "hf_ssl_or" for an encoder of this package; "transformers", "timm" or "torch" for one saved as itself.
+        name: What its library calls it.
+        loading_lines: Lines of Python that load it from the folder FOLDER and make `features` of `pixel_values`; none
+            for an encoder of this package.
+    """
+
+    library: str
+    name: str
+    loading_lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunLength(_Record):
     """How long a run was.
 
@@ -256,6 +273,7 @@ class Results(_Record):
         recipe: The resolved recipe as plain data.
         run: How long it was.
         data: The training images.
+        encoder: How the encoder is loaded; None for an encoder of this package.
         evaluations: One per protocol; none without labels.
         collapse: Label-free measures of the final features.
         weights: Measures of each regularizable weight at the end, by name.
@@ -270,6 +288,7 @@ class Results(_Record):
     recipe: dict[str, Any]
     run: RunLength
     data: TrainingData
+    encoder: EncoderDescription | None = None
     evaluations: list[Evaluation]
     collapse: Collapse
     weights: dict[str, WeightMeasures]

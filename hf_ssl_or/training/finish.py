@@ -18,6 +18,7 @@ from hf_ssl_or.evaluation.features import extract_features, pixel_features
 from hf_ssl_or.evaluation.neighbors import write_samples
 from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.hub.run_folder import SHARD_SIZE
+from hf_ssl_or.hub.snippets import describe_encoder
 from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.image_processing_ssl import build_image_processor, stock_processor
 from hf_ssl_or.models.modeling_ssl import SSLModel
@@ -89,6 +90,7 @@ def measure_baselines(trainer: Any) -> dict[str, Any]:
 def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
     """Writes `results.json` and what a report shows of the encoder; returns None on all processes but the main one."""
     images, run_dir, results = trainer.images, trainer.run_dir, None
+    described = describe_encoder(trainer.encoder)
     found = {
         "recipe": trainer.recipe,
         "run": {
@@ -101,7 +103,9 @@ def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
             "images": len(images),
             "preprocessing": images.preprocessing.to_dict(),
         },
+        "encoder": None if described is None else described.to_dict(),
         **measured,
+        "skipped": trainer.regularizer.skipped(),
         "weights": weight_report(trainer.encoder),
         "weights_before": trainer.weights_before,
         "baselines": trainer.baselines,

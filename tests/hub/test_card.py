@@ -27,7 +27,7 @@ from hf_ssl_or.hub.card import build_card, card_files, comparison_table, write_c
 from hf_ssl_or.hub.export import timm as timm_export
 from hf_ssl_or.hub.export.model import read_portable
 from hf_ssl_or.hub.markdown import block
-from hf_ssl_or.hub.run_record import without_paths
+from hf_ssl_or.hub.redaction import without_paths
 from hf_ssl_or.methods import available_methods, get_method
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -61,6 +61,7 @@ def material() -> tuple[dict[str, Any], dict[str, Any]]:
     evaluated = [evaluate_features(get_protocol(name), *split, seeds=[0, 1, 2]) for name in ("knn", "linear-sgd")]
     noise = evaluate_features(get_protocol("knn"), features[:200], labels[:200], features[200:], labels[200:])
     results = {
+        "schema_version": 1,
         "recipe": recipe,
         "run": {"steps": 40, "train_seconds_this_session": 372.0},
         "data": {"name": "photos", "fingerprint": "f6be", "images": 20000, "preprocessing": PIXELS},
@@ -82,7 +83,8 @@ def make_run(tmp_path: Path, material: tuple[dict[str, Any], dict[str, Any]]) ->
         folder = tmp_path / name
         folder.mkdir()
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (folder / "results.json").write_text(json.dumps(results))
+        if results:
+            (folder / "results.json").write_text(json.dumps(results))
         lines = [{"kind": "train", "step": step, "images_per_second": 512.0} for step in (19, 39)]
         lines.insert(1, {"kind": "monitor", "step": 19, "rankme": 3.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -133,10 +135,8 @@ def test_the_tables_hold_the_numbers_of_the_results(make_run: MakeRun):
     untrained = results["baselines"]["untrained"][0]["metrics"]["top1_k20"]["mean"]
     assert f"| `knn` | `53a583e01993` | top-1, k = 20 | – | **{first:.2f}** | {untrained:.2f} |" in text
     assert "| top-1 | 0, 1, 2 | **" in text and "standard deviation over the probe's seeds" in text
-    collapse = section(text, "Dimensions in use")
-    assert (
-        f"| RankMe | {results['collapse']['rankme']:.4g} |" in collapse and "Of 8 features of 260 training" in collapse
-    )
+    collapse = section(text, "Dimensional collapse")
+    assert f"| RankMe | {results['collapse']['rankme']:.4g} |" in collapse and "8 features of 260 training" in collapse
     for name, layer in results["weights"].items():
         assert f"| `{name}` | {layer['orthogonality_error']:.3g} | {layer['orthogonality_error']:.3g} |" in collapse
     assert "![" in collapse and "](figures/spectra.png)" in collapse
@@ -173,7 +173,7 @@ def test_the_table_of_runs(make_run: MakeRun):
         "`knn` top-1, k = 20, % (`53a583e01993`)",
         "`linear-sgd` top-1, % (`e8ba6cb5e662`)",
         "`knn` top-1, k = 20, % (`another`)",
-        *("RankMe", "alpha-ReQ", "Minutes"),
+        *("RankMe", "α-ReQ", "Minutes"),
     ]
     knn, linear = (entry["metrics"][entry["headline"]] for entry in results[0]["evaluations"])
     spread = f"{linear['mean']:.2f} ± {linear['std']:.2f}"
@@ -213,8 +213,8 @@ def test_no_placeholder_is_left(make_run: MakeRun, change: Change, repo_id: str 
 def test_without_labels_the_card_says_that_no_accuracy_was_measured(make_run: MakeRun):
     card = build_card(make_run(unlabeled))
     assert card.data.eval_results is None and "model-index" not in str(card)
-    assert "Nothing was measured with labels" in section(str(card), "Evaluation")
-    assert "RankMe" in section(str(card), "Dimensions in use") and "No accuracy was measured." in str(card)
+    assert "No accuracy was measured" in section(str(card), "Evaluation")
+    assert "RankMe" in section(str(card), "Dimensional collapse") and "No accuracy was measured." in str(card)
 
 
 def test_a_run_without_results_gets_a_card(make_run: MakeRun):
@@ -222,8 +222,8 @@ def test_a_run_without_results_gets_a_card(make_run: MakeRun):
     (run / "results.json").unlink()
     (run / "figures" / "spectra.png").unlink()
     text = str(build_card(run))
-    assert "Nothing was measured with labels, and nothing without" in text and "![" not in text
-    assert "had not ended, or was not evaluated" in text and "9 epochs, 40 steps of 256 images" in text
+    assert "No accuracy was measured, and no label-free measure" in text and "![" not in text
+    assert "had not ended or was not evaluated" in text and "9 epochs, 40 steps of 256 images" in text
     assert "results.json" not in card_files(run)
 
 
@@ -258,7 +258,7 @@ def test_citations_are_those_of_what_was_used(make_run: MakeRun, penalty: str, v
         recipe["orthogonality"] |= {"penalty": penalty, "weight": 1e-6}
         recipe["views"]["count"] = views
 
-    cited = set(re.findall(r"@\w+\{(\w+),", section(str(build_card(make_run(change))), "Cite")))
+    cited = set(re.findall(r"@\w+\{(\w+),", section(str(build_card(make_run(change))), "Citation")))
     assert cited == keys | {"zbontar2021barlow"}
 
 
@@ -268,7 +268,7 @@ def test_every_method_is_named_and_cited(make_run: MakeRun, name: str):
         recipe["method"]["name"] = name
 
     text = str(build_card(make_run(change)))
-    assert get_method(name).citation in section(text, "Cite") and f"by `{name}` on 4 views" in text
+    assert get_method(name).citation in section(text, "Citation") and f"by `{name}` on 4 views" in text
 
 
 def test_a_method_from_elsewhere_is_not_imported(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -278,7 +278,7 @@ def test_a_method_from_elsewhere_is_not_imported(make_run: MakeRun, tmp_path: Pa
     def change(recipe: dict[str, Any], results: dict[str, Any]) -> None:
         recipe["method"]["name"] = "stranger"
 
-    assert "`stranger`, a method of its user's own" in str(build_card(make_run(change)))
+    assert "`stranger`, a method from outside this package" in str(build_card(make_run(change)))
 
 
 def test_the_papers_weight_is_given_as_a_number(make_run: MakeRun):
@@ -302,16 +302,16 @@ def no_baselines(recipe: dict[str, Any], results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said", "not_said"),
     [
-        (shapes, ["generated shapes", "32 × 32 pixels only", "short: 9 epochs", "seed (0)"], ["No baseline"]),
-        (large, ["seed (7)"], ["pixels only", "short", "generated"]),
+        (shapes, ["generated shapes", "images of 32 × 32 pixels", "short: 9 epochs", "seed (0)"], ["No baseline"]),
+        (large, ["seed (7)"], ["detail is lost", "short", "generated"]),
         (no_baselines, ["No baseline was measured", "trained once"], ["evaluated on `others` only"]),
         (lambda recipe, results: None, ["evaluated on `photos` only"], ["trained once", "generated shapes"]),
     ],
 )
 def test_limits_follow_from_facts(make_run: MakeRun, change: Change, said: list[str], not_said: list[str]):
-    limits = section(str(build_card(make_run(change))), "Limits")
+    limits = section(str(build_card(make_run(change))), "Limitations")
     assert all(words in limits for words in said) and not any(words in limits for words in not_said)
-    assert "Biases and sensitive content of the training images were not examined." in limits
+    assert "The training images were not examined for biases and sensitive content." in limits
 
 
 def small_stem(recipe: dict[str, Any], results: dict[str, Any]) -> None:
@@ -323,11 +323,11 @@ def continued(recipe: dict[str, Any], results: dict[str, Any]) -> None:
 
 
 def test_timm_is_named_where_it_can_build_the_encoder(make_run: MakeRun):
-    assert '"hf-hub:lab/encoder"' in section(str(build_card(make_run(), repo_id="lab/encoder")), "Use")
-    assert "export encoder --to timm" in section(str(build_card(make_run(name="local"))), "Use")
-    small = section(str(build_card(make_run(small_stem, "small"))), "Use")
-    assert "timm cannot build it: the small stem" in small and "import timm" not in small
-    assert "timm" not in section(str(build_card(make_run(continued, "continued"))), "Use")
+    assert '"hf-hub:lab/encoder"' in section(str(build_card(make_run(), repo_id="lab/encoder")), "How to use")
+    assert "export encoder --to timm" in section(str(build_card(make_run(name="local"))), "How to use")
+    small = section(str(build_card(make_run(small_stem, "small"))), "How to use")
+    assert "timm cannot build this encoder: the small stem" in small and "import timm" not in small
+    assert "timm" not in section(str(build_card(make_run(continued, "continued"))), "How to use")
 
 
 def wide(value_range: Any) -> Change:
@@ -355,21 +355,21 @@ def wide(value_range: Any) -> Change:
             + ["32 pixels (bicubic", "| Mean | 0.25 |"],
             ["recipe"],
         ),
-        (wide([0, 4095]), ["0 to 4,095 become 0 to 1", "clipped, as the recipe sets it"], ["measured"]),
+        (wide([0, 4095]), ["0 to 4,095 become 0 to 1", "clipped, as set in the recipe"], ["measured"]),
         (wide("dtype"), ["the whole range of each image's type"], ["measured", "clipped"]),
-        (bare, ["is not recorded in the results of this run"], ["| Mean"]),
+        (bare, ["do not record the preprocessing"], ["| Mean"]),
     ],
 )
 def test_the_card_says_what_becomes_of_pixels(make_run: MakeRun, change: Change, said: list[str], not_said: list[str]):
     card = str(build_card(make_run(change)))
-    images = section(card, "Images")
+    images = section(card, "Preprocessing")
     assert all(words in images for words in said) and not any(words in images for words in not_said)
-    assert ("another instrument" in section(card, "Limits")) == ("clipped" in images and "255" not in images)
+    assert ("another instrument" in section(card, "Limitations")) == ("clipped" in images and "255" not in images)
 
 
 @pytest.mark.parametrize(("change", "name"), [(lambda *_: None, "photo.jpg"), (wide("auto"), "image.tif")])
 def test_the_lines_name_a_file_that_the_encoder_takes(make_run: MakeRun, change: Change, name: str):
-    use = section(str(build_card(make_run(change))), "Use")
+    use = section(str(build_card(make_run(change))), "How to use")
     assert f'processor("{name}"' in use and f'extract("{name}")' in use
     assert ("create_transform" in use) == (name == "photo.jpg")
 
@@ -611,7 +611,7 @@ def test_the_lines_of_a_card_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPa
     create_encoder("resnet18", channels=[4, 4, 8, 8], image_size=32).save_pretrained(run / "encoder")
     build_image_processor(Preprocessing(**PIXELS)).save_pretrained(run / "encoder")
     Image.new("RGB", (40, 30), "red").save(run / "photo.jpg")
-    use = section(str(build_card(run)), "Use")
+    use = section(str(build_card(run)), "How to use")
     load, package, pipelines, fine_tune, timm = re.findall(r"```python\n(.*?)```", use, flags=re.DOTALL)
     stranger = "import sys; sys.modules['hf_ssl_or'] = None"
     tell = "import numpy; print(numpy.shape(features))"

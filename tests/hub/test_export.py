@@ -21,8 +21,8 @@ from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.hub.export import TARGETS, export
 from hf_ssl_or.hub.export.model import Lines, read_portable
-from hf_ssl_or.hub.export.parity import compare
 from hf_ssl_or.hub.export.timm import add_timm_files
+from hf_ssl_or.hub.verify import compare
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
@@ -225,7 +225,7 @@ def test_an_output_that_holds_something_is_left_alone(target: str, tmp_path: Pat
     with pytest.raises(InputError, match="out: is not empty"):
         export(tmp_path / "net", target, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
-    assert importlib.import_module(f"hf_ssl_or.hub.to_{target}").write
+    assert importlib.import_module(f"hf_ssl_or.hub.export.{target}").write
 
 
 def test_bad_sources(tmp_path: Path):

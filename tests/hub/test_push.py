@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("signed_in")
 FILES = {
     *("README.md", "config.json", "preprocessor_config.json", "model.safetensors", "recipe.yaml", "results.json"),
     *("configuration_ssl.py", "modeling_ssl.py", "modeling_ssl_resnet.py", "image_processing_ssl.py"),
-    *("image_conversion.py", "pipeline_ssl.py"),
+    *("blocks.py", "image_conversion.py", "pipeline_ssl.py"),
     "figures/views.png",
 }
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.hub.export.model import Lines, Portable, read_portable
-from hf_ssl_or.hub.export.parity import at, compare
 from hf_ssl_or.hub.export.pixels import photo_name, pixel_table
+from hf_ssl_or.hub.verify import at, compare
 
 TARGETS = ("timm", "transformers", "torchvision", "onnx")  # each is a module of this package
 _PICTURES = 4

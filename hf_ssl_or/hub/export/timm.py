@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from hf_ssl_or.hub.export.model import Lines, Portable, read_portable, why_not_timm, write_json
-from hf_ssl_or.hub.export.parity import compare
+from hf_ssl_or.hub.verify import compare
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -71,7 +71,7 @@ def transform_settings(portable: Portable) -> dict[str, Any]:
     }
 
 
-def add_timm_files(folder: str | Path) -> str | None:
+def add_timm_files(folder: str | Path, *, check: bool = True) -> str | None:
     """Lets timm load the folder of an encoder too, by `create_model("hf-hub:owner/name", pretrained=True)`.
 
     One config.json and one model.safetensors then serve all: timm reads `architecture`, `model_args`, `pretrained_cfg`
@@ -81,6 +81,7 @@ def add_timm_files(folder: str | Path) -> str | None:
 
     Args:
         folder: Folder of an encoder or a classifier, with its image processor.
+        check: False leaves that out, for a caller that compares the folder itself.
 
     Returns:
         None, or in a phrase why timm cannot build the encoder; the folder is then as it was.
@@ -104,7 +105,8 @@ def add_timm_files(folder: str | Path) -> str | None:
         preprocessing = {"preprocessing": portable.preprocessing.to_dict()}
         write_json(staging / "config.json", {**ours, **timm_config(portable), **preprocessing, "auto_map": auto_map})
         portable.write_conversion(staging)
-        compare(portable, staging, [timm_lines(portable)])
+        if check:
+            compare(portable, staging, [timm_lines(portable)])
         shards = [path for path in folder.glob("model-*.safetensors")] + [folder / _INDEX]
         for name in (_WEIGHTS, "config.json"):
             os.replace(staging / name, folder / name)
