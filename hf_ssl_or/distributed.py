@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -176,6 +177,17 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.momentum
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's `BatchNormAct2d` with statistics of the global batch: a norm, dropped blocks and an activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes and activates (V*B, C, H, W)."""
+        return self.act(self.drop(super().forward(input)))
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
     """Normalizes (V*B, C, ...) by the mean and variance of each (view, channel) over all processes.
 
@@ -242,20 +254,25 @@ def _split(x: Tensor, views: int) -> Tensor:
     return x.reshape(views, x.shape[0] // views, x.shape[1], -1)
 
 
+_GLOBAL: dict[type[nn.Module], type[GlobalBatchNorm]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), GlobalBatchNorm),
+    **{BatchNormAct2d: GlobalBatchNormAct, GlobalBatchNorm: GlobalBatchNorm, GlobalBatchNormAct: GlobalBatchNormAct},
+}
+
+
 def use_global_batch_norm(module: nn.Module, images_per_view: int | None = None) -> nn.Module:
-    """Turns every plain BatchNorm of `module` into `GlobalBatchNorm`, in place, with the same parameters and names.
+    """Turns every BatchNorm of torch and timm in `module` into `GlobalBatchNorm`, with the same parameters and names.
 
     Args:
-        module: Any module; its state dict does not change.
+        module: Any module, changed in place; its state dict does not change.
         images_per_view: B, this process's images of one view, for statistics per view; None for all views together.
 
     Raises:
-        ValueError: A subclass of BatchNorm (say, one fused with an activation) cannot be converted.
+        ValueError: Another subclass of BatchNorm cannot be converted.
     """
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GlobalBatchNorm)
     for name, child in module.named_modules():
-        if type(child) in plain:
-            child.__class__ = GlobalBatchNorm
+        if type(child) in _GLOBAL:
+            child.__class__ = _GLOBAL[type(child)]
             child.images_per_view = images_per_view
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name}: a {type(child).__name__} cannot take statistics over the global batch")

@@ -25,7 +25,7 @@ def _methods() -> list[tuple[str, str]]:
 def _encoders() -> list[tuple[str, str]]:
     from hf_ssl_or.models.auto import list_encoders
 
-    return [(name, "") for name in list_encoders()]
+    return [(name, "") for name in list_encoders()]  # no net is built: there are more than a thousand
 
 
 def _protocols() -> list[tuple[str, str]]:

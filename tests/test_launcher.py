@@ -6,6 +6,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from hf_ssl_or import run
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.training.arguments import SSLTrainingArguments
@@ -53,7 +54,7 @@ def test_what_the_recipe_asks_for_and_defaults_pass_and_change_nothing(variable,
     monkeypatch.setenv(variable, value)
     arguments = SSLTrainingArguments(device="cpu", mixed_precision="bf16", forward_chunks=4)
     accelerator = build_accelerator(arguments, tmp_path)
-    assert accelerator.forward_chunks == 1  # of accelerate's kind, which divides the loss
+    assert accelerator.gradient_accumulation_steps == 1  # of accelerate's kind, which divides the loss
     assert accelerator.mixed_precision == "bf16"
     assert accelerator.device.type == "cpu"
 
@@ -75,10 +76,17 @@ def test_accelerate_launch_passes(arguments, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     refuse_launcher_settings(device="cuda")
     assert cpu_is_forced() == ("--cpu" in arguments or arguments[-1:] == [str(CONFIGURATIONS[0])])
-    assert build_accelerator(SSLTrainingArguments(device="cpu"), tmp_path).forward_chunks == 1
+    assert build_accelerator(SSLTrainingArguments(device="cpu"), tmp_path).gradient_accumulation_steps == 1
+
+
+def test_an_evaluation_refuses_them_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(InputError, match="ACCELERATE_MIXED_PRECISION=bf16: the recipe decides"):
+        run._device()
 
 
 def test_a_launcher_that_forbids_the_gpu_is_heard(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert run._device().type == "cpu"
     assert build_accelerator(SSLTrainingArguments(), tmp_path).device.type == "cpu"

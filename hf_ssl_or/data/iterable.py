@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -17,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import iterable_dataset
+from datasets.utils.file_utils import xopen
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.decode import progress_bar
@@ -68,7 +70,8 @@ def read_stream(dataset: Any, arguments: DataArguments, num_channels: int) -> Ta
             "room there, or name another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     table = datasets.Dataset.from_file(str(path))
     labels_N, class_names = encode_labels(labels, class_names)
     places = Places(np.arange(len(table)), name, in_lists=False)
@@ -103,7 +106,11 @@ def _declared(dataset: datasets.IterableDataset, arguments: DataArguments) -> tu
         raise InputError(f"data.image_column: {column.name!r} holds lists; map the set to one image per row")
 
     def walk(row: Any) -> Any:
-        return functools.reduce(lambda value, key: None if value is None else value[key], column.outer, row)
+        value = functools.reduce(lambda value, key: None if value is None else value[key], column.outer, row)
+        if isinstance(value, dict) and value["bytes"] is None and "://" in (value["path"] or ""):
+            with xopen(value["path"], "rb") as file:  # a file on the Hub, or in an archive there
+                return file.read()
+        return value
 
     return ((walk(row), row.get(label_key)) for row in dataset.decode(False)), names
 
@@ -113,18 +120,34 @@ def _images(
 ) -> Iterator[bytes]:
     """Yields images as the bytes of a file, and adds their labels to a list."""
     with progress_bar(f"reading {name}", None) as advance:
-        for i, item in enumerate(items):
+        for i, item in enumerate(_until_the_end(items, name)):
             image, label = split_item(item, arguments, f"row {i} of {name}")
             labels.append(label)
             yield _as_bytes(image, num_channels)
             advance(1)
 
 
+def _until_the_end(items: Iterable[Any], name: str) -> Iterator[Any]:
+    count = 0
+    try:
+        for item in items:
+            yield item
+            count += 1
+    except GeneratorExit:
+        raise
+    except Exception as error:  # of a function of the program, or of a server
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"data: {name} fails after {count} rows: {reason}") from error
+
+
 def _as_bytes(image: Any, num_channels: int) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
-        return Path(image).read_bytes()
+        try:
+            return Path(image).read_bytes()
+        except OSError:  # it is counted, and named, when all are decoded
+            return b""
     try:
         pixels = to_pixels(image, num_channels)
     except (ValueError, OSError):  # what is wrong is said when all are decoded

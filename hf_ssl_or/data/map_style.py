@@ -60,7 +60,7 @@ def split_item(item: Any, arguments: DataArguments, place: str) -> tuple[Any, An
     if isinstance(item, torch.Tensor) and item.dtype == torch.bfloat16:  # which numpy does not know
         item = item.float()
     check_image(item, place)
-    if isinstance(item, str) and extension(item) not in image_extensions() and not os.path.lexists(item):
+    if isinstance(item, str) and not os.path.lexists(item) and extension(item) not in image_extensions():
         raise InputError(f"{place}: {printable(item[:60])!r} is text, not an image or the path of one")
     return item, _plain_label(label)
 

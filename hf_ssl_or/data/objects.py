@@ -201,12 +201,14 @@ def _is_plain_folder(dataset: Any) -> bool:
     )
 
 
-def _open_list(items: Any, arguments: DataArguments) -> ListSource:
+def _open_list(items: Any, arguments: DataArguments) -> ListSource | FileSource:
     if isinstance(items, np.ndarray | torch.Tensor) and items.ndim < 3:
         raise InputError(f"data: an array of images has 3 or 4 dimensions, (n, H, W, C), not {tuple(items.shape)}")
     parts = [split_item(item, arguments, f"image {i} of images") for i, item in enumerate(items)]
-    labels = [label for _, label in parts]
-    return ListSource([image for image, _ in parts], None if None in labels else labels)
+    images, labels = [image for image, _ in parts], [label for _, label in parts]
+    if images and all(isinstance(image, str | os.PathLike) for image in images):  # too many to read them all for a key
+        return FileSource("images", Path(), list(map(os.fspath, images)), *encode_labels(labels))
+    return ListSource(images, None if None in labels else labels)
 
 
 def _open_dataset(table: datasets.Dataset, arguments: DataArguments, split: str) -> ImageSource:

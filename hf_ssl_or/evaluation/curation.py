@@ -113,31 +113,32 @@ def curate(features_NF: Tensor, curation: Curation) -> Findings:
 
 
 @torch.no_grad()
-def nearest_neighbors(features_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the k images that lie nearest to each image; no image is its own neighbor.
+def nearest_neighbors(features_NF: Tensor, k: int, query_Q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the k images of a set that lie nearest to some of its images; no image is its own neighbor.
 
     Args:
         features_NF: Features, (N, F), on any device.
         k: Neighbors of each, from 1 to N - 1.
+        query_Q: Indices of the images asked for; None for all.
 
     Returns:
-        Cosine similarities (N, k) float32, from the nearest, and indices (N, k) int64; of equally near images the
+        Cosine similarities (Q, k) float32, from the nearest, and indices (Q, k) int64; of equally near images the
         lower index comes first. A feature of zeros has the similarity 0 to all.
 
     Raises:
         InputError: There are not more than k images.
     """
     check_k(k, len(features_NF), "neighbors")
-    cosine_NK = torch.empty(len(features_NF), k)
-    index_NK = torch.empty(len(features_NF), k, dtype=torch.int64)
+    own_Q = torch.arange(len(features_NF)) if query_Q is None else query_Q
+    queries_QF = features_NF if query_Q is None else features_NF[query_Q]
+    cosine_QK, index_QK = torch.empty(len(own_Q), k), torch.empty(len(own_Q), k, dtype=torch.int64)
     # Among the k + 1 nearest is the image itself, unless k + 1 others are as near.
-    for rows, cosine_BP, index_BP in nearest_in_bank(features_NF, features_NF, [k + 1]):
-        own_B1 = torch.arange(len(features_NF), device=index_BP.device)[rows, None]
-        is_own_BP = index_BP == own_B1
+    for rows, cosine_BP, index_BP in nearest_in_bank(features_NF, queries_QF, [k + 1]):
+        is_own_BP = index_BP == own_Q.to(index_BP.device)[rows, None]
         is_own_BP[:, -1] |= ~is_own_BP.any(1)
-        cosine_NK[rows] = cosine_BP[~is_own_BP].view(-1, k).cpu()
-        index_NK[rows] = index_BP[~is_own_BP].view(-1, k).cpu()
-    return cosine_NK.clamp_(-1, 1), index_NK
+        cosine_QK[rows] = cosine_BP[~is_own_BP].view(-1, k).cpu()
+        index_QK[rows] = index_BP[~is_own_BP].view(-1, k).cpu()
+    return cosine_QK.clamp_(-1, 1), index_QK
 
 
 def check_k(k: int, n: int, what: str) -> None:

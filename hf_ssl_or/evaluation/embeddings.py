@@ -97,7 +97,7 @@ class Embeddings:
         )
 
     def describe(self) -> str:
-        """Says in a few lines what was embedded and found."""
+        """Returns a few lines about what was embedded and found."""
         data, unreadable = self.metadata["dataset"], self.metadata["unreadable"]
         speed = "" if self.images_per_second is None else f", {self.images_per_second:,.0f} images/s"
         lines = [f"{len(self.files):,} images of {data['name']} by {self.metadata['encoder']['name']}{speed}"]

@@ -14,29 +14,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.errors import InputError, unknown
-from hf_ssl_or.evaluation.features import evaluating
-from hf_ssl_or.models.auto import (
-    SHARD_INDEX,
-    check_download,
-    create_encoder,
-    list_encoders,
-    shard_names,
-    split_revision,
-)
+from hf_ssl_or.models.adapters import POOLER, adapt_encoder
+from hf_ssl_or.models.auto import create_encoder, list_encoders, load_transformers, split_revision
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
@@ -45,9 +36,8 @@ from hf_ssl_or.randomness import hashed_seed
 
 _SMALL_STEM = 64  # pixels up to which an untrained ResNet gets the small stem
 _DEFAULT_SIZE = 224
-_CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
 
-Loaded = tuple[nn.Module, str, "Processing"]
+Loaded = tuple[nn.Module, "Processing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +135,17 @@ def load_encoder(name: str, *, image_size: int = _DEFAULT_SIZE) -> FrozenEncoder
         if source.startswith("random:"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hashed_seed("random encoder"))
-                model, pooling, own = _untrained(source.removeprefix("random:"), wanted)
+                model, own = _untrained(source.removeprefix("random:"), wanted)
         elif source.startswith(("timm:", "timm/")):
-            model, pooling, own = _timm(source.removeprefix("timm:"), True, wanted)
+            model, own = _timm(source.removeprefix("timm:"), True, wanted)
         else:
-            model, pooling, own = _transformers(source, wanted)
+            model, own = _transformers(source, wanted)
         size = wanted or own.image_size or image_size
-        _try_out(model, size, own.num_channels)
     except InputError:
         raise
     except Exception as error:  # three libraries and any architecture: what they raise cannot be listed
         raise InputError(f"{name}: cannot be loaded as an encoder: {_reason(error)}") from error
+    pooling = getattr(model, "pooling", POOLER)
     return FrozenEncoder(name=name, model=model.eval(), pooling=pooling, image_size=size, processing=own)
 
 
@@ -174,28 +164,8 @@ def _reason(error: Exception) -> str:
     return text
 
 
-@torch.no_grad()
-def _try_out(model: nn.Module, size: int, channels: int) -> None:
-    with evaluating(model):
-        features_BF = model(torch.zeros(1, channels, size, size)).pooler_output
-    if features_BF.ndim != 2:
-        raise InputError(f"its features have the shape {tuple(features_BF.shape)}, not (images, F)")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # timm
-
-
-class TimmEncoder(nn.Module):
-    """A timm net without its classifier, with the output that the evaluation expects."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Encodes normalized images (B, C, H, W)."""
-        return BaseModelOutputWithPooling(pooler_output=cast(Any, self.net(pixel_values)))
 
 
 def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
@@ -207,17 +177,21 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
         raise unknown("timm model", name, timm.list_models())
     try:
         net: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        if size is not None and size != net.pretrained_cfg["input_size"][-1]:
-            net = _resized(net, name, pretrained, size)
+        own = timm.data.resolve_model_data_config(net)
+        wanted = size or own["input_size"][-1]
+        try:
+            encoder = adapt_encoder(net, image_size=wanted, trainable=False)
+        except ValueError:  # most take images of any size, ViTs and their like must be told
+            net = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=wanted)
+            encoder = adapt_encoder(net, image_size=wanted, trainable=False)
     except Exception as error:
         if not pretrained:
             raise
         raise InputError(
             f"{shown}: cannot load its weights: {_reason(error)}; random:timm:<architecture> is an untrained net"
         ) from error
-    own = timm.data.resolve_model_data_config(net)
     if not pretrained:
-        return TimmEncoder(net), "pooler output", Processing(image_size=own["input_size"][-1])
+        return encoder, Processing(image_size=own["input_size"][-1])
     processing = Processing(
         image_size=own["input_size"][-1],
         mean=tuple(own["mean"]),
@@ -226,106 +200,39 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
         crop_pct=own["crop_pct"],
         interpolation=own["interpolation"],
     )
-    return TimmEncoder(net), "pooler output", processing
-
-
-def _resized(net: nn.Module, name: str, pretrained: bool, size: int) -> nn.Module:
-    """Makes a net for another size of images; most take any, ViTs and their like must be told."""
-    try:
-        with torch.no_grad(), evaluating(net):
-            net(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError):
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
-    return net
+    return encoder, processing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers, ours among them
 
 
-class AutoEncoder(nn.Module):
-    """A transformers model whose features are taken where it has them."""
-
-    def __init__(self, net: PreTrainedModel, pooling: str) -> None:
-        super().__init__()
-        self.net, self.pooling = net, pooling
-
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Encodes normalized images (B, C, H, W)."""
-        output = self.net(pixel_values=pixel_values)
-        if self.pooling == "pooler output":
-            features_BF = output.pooler_output.flatten(1)
-        elif self.pooling == "class token":
-            features_BF = output.last_hidden_state[:, 0]
-        else:
-            x = output.last_hidden_state
-            features_BF = x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
-        return BaseModelOutputWithPooling(pooler_output=features_BF)
-
-
-def _transformers(name: str, size: int | None) -> Loaded:
-    source = str(_encoder_folder(name))
+def _transformers(name: str, size: int | None, *, pretrained: bool = True) -> Loaded:
+    source = _encoder_folder(name)
     if AutoConfig.from_pretrained(source).model_type == "timm_wrapper":  # what timm wrote
-        return _timm(source, True, size)
-    if (index := Path(source) / SHARD_INDEX).is_file():
-        shard_names(index)
-    net, loading = AutoModel.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-    )
-    _check_download(source)
-    lost = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
-    if lost:
-        raise InputError(f"{name}: its files lack {len(lost)} of the model's weights, the first: {lost[0]}")
-    own = _processing(source)
-    return *_with_features(net, size or own.image_size or _DEFAULT_SIZE, loading["missing_keys"]), own
+        return _timm(source, pretrained, size)
+    encoder, processor = load_transformers(source, image_size=size, trainable=False, pretrained=pretrained)
+    if processor is None:
+        raise InputError(f"{name}: has no preprocessor_config.json, which says what its images must be")
+    exact = isinstance(processor, SSLImageProcessor)
+    return encoder, Processing.of(preprocessing_of(processor), exact=exact)
 
 
-@torch.no_grad()
-def _with_features(net: Any, size: int, missing: Iterable[str] = ()) -> tuple[nn.Module, str]:
-    """Takes the pooler's output, unless its weights are missing; else the class token, else the mean of positions."""
-    if isinstance(net, SSLModel):
-        return net, "pooler output"
-    net = getattr(net, "vision_model", net)  # the half of CLIP and its like that sees images
-    with evaluating(net):
-        output = net(pixel_values=torch.zeros(1, getattr(net.config, "num_channels", 3), size, size))
-    if output.get("pooler_output") is not None and not any("pooler" in key for key in missing):
-        pooling = "pooler output"
-    elif any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in net.named_parameters()):
-        pooling = "class token"
-    else:
-        pooling = "mean"
-    return AutoEncoder(net, pooling), pooling
-
-
-def _encoder_folder(name: str) -> Path | str:
-    """Returns the folder of a run's encoder, another folder, or the Hub id as it is."""
+def _encoder_folder(name: str) -> str:
+    """Returns the folder of a run's encoder, another folder, or of a revision's snapshot; or the Hub id as it is."""
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").exists():
         if not (folder / "encoder" / "config.json").exists():
             raise InputError(f"{name}: the run has not ended, there is no encoder in it; use --select rankme")
-        return folder / "encoder"
+        return str(folder / "encoder")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise InputError(f"{name}: is neither a run's nor an encoder's folder: no recipe.yaml, no config.json")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{name}: there is no such folder")
     repository, revision = split_revision(name)
     if revision is not None:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    return folder if folder.is_dir() else name
-
-
-def _check_download(source: str) -> None:
-    """Refuses weights from the Hub's cache that are not what the Hub has, see `models.auto.check_download`."""
-    cached = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json")
-    folder = Path(cached).parent if isinstance(cached, str) else Path(source)
-    for path in folder.glob("*.safetensors"):
-        check_download(path)
-
-
-def _processing(source: str) -> Processing:
-    """Reads what the image processor does."""
-    processor = AutoImageProcessor.from_pretrained(source)
-    return Processing.of(preprocessing_of(processor), exact=isinstance(processor, SSLImageProcessor))
+        return snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    return str(folder) if folder.is_dir() else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,10 +246,7 @@ def _untrained(name: str, size: int | None) -> Loaded:
         model: SSLModel = create_encoder(name, image_size=size)
         if isinstance(model, SSLResNetModel) and size is not None and size <= _SMALL_STEM:
             model = create_encoder(name, image_size=size, stem="small")
-        return model, "pooler output", Processing(image_size=model.config.image_size)
+        return model, Processing(image_size=model.config.image_size)
     if "/" not in name and not Path(name).exists():
         return _timm(name, False, size)
-    source = str(_encoder_folder(name))
-    own = _processing(source)
-    net = AutoModel.from_config(AutoConfig.from_pretrained(source))
-    return *_with_features(net, size or own.image_size or _DEFAULT_SIZE), own
+    return _transformers(name, size, pretrained=False)

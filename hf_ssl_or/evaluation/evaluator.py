@@ -63,7 +63,7 @@ def evaluate_encoder(
     arguments: EvaluationArguments,
     *,
     evaluators: Sequence[Protocol | str] | None = None,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     progress: bool = True,
 ) -> dict[str, Any]:

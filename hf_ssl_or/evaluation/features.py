@@ -1,4 +1,4 @@
-"""Features of a whole image set from a frozen encoder, on one process or many."""
+"""Features of an image set from a frozen encoder, on one process or many."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def pixel_features(images: ImageSet) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Holds a module in evaluation mode, then gives each of its parts the mode it had."""
+    """Holds a module in evaluation mode, then returns each of its parts to the mode it had."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:

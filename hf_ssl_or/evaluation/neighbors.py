@@ -1,4 +1,4 @@
-"""What an encoder takes for alike: a sample of features to draw, and the nearest neighbors of some of its images."""
+"""What a report plots of an encoder: features of a sample of images, and the nearest neighbors of some of them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,12 @@ from torch.nn import functional as F
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
+from hf_ssl_or.evaluation.curation import nearest_neighbors
 from hf_ssl_or.evaluation.features import extract_features
 
 FEATURES_FILE = "features.npz"
 NEIGHBORS_FILE = "neighbors.npz"
 _THUMBNAIL = 64  # pixels of a side, at most
-
-
-def nearest_neighbors(features_NF: Tensor, query_Q: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Finds the images of a set that lie nearest to some of its images, by cosine; no image is its own neighbor.
-
-    Args:
-        features_NF: Features of the whole set.
-        query_Q: Indices of the images asked for.
-        k: Neighbors of each, at most N - 1.
-
-    Returns:
-        Cosine similarities (Q, k), from the nearest, and indices (Q, k); of equally near images the lower index comes
-        first. A feature of zeros has the similarity 0 to all.
-    """
-    unit_NF = F.normalize(features_NF.float(), dim=1)
-    cosine_QN = unit_NF[query_Q] @ unit_NF.T
-    cosine_QN.scatter_(1, query_Q[:, None], -torch.inf)
-    cosine_QN, index_QN = cosine_QN.sort(dim=1, descending=True, stable=True)
-    return cosine_QN[:, :k], index_QN[:, :k]
 
 
 def pack_features(features_NF: Tensor) -> np.ndarray:
@@ -62,7 +44,7 @@ def write_samples(
     queries: int = 8,
     k: int = 8,
 ) -> None:
-    """Writes `features.npz` and `neighbors.npz`, what a report draws of an encoder, for the same images in every run.
+    """Writes `features.npz` and `neighbors.npz`, what a report plots of an encoder, for the same images in every run.
 
     All processes encode, the first one writes. `features.npz`: `features` (N, F) float16, see `pack_features`, with
     `labels` (N,) and `class_names` where the images have them. `neighbors.npz`: `images` (queries, 1 + k, 3, S, S)
@@ -98,15 +80,17 @@ def write_samples(
 
 
 def as_rgb(x_BCHW: Tensor) -> Tensor:
-    """Returns pictures that a person can look at: gray ones of one channel, else of the first three: (B, 3, H, W)."""
+    """Returns images that can be shown: gray ones of one channel, else of the first three: (B, 3, H, W)."""
     channels = x_BCHW.shape[1]
     return x_BCHW[:, :3] if channels >= 3 else x_BCHW[:, :1].expand(-1, 3, -1, -1)
 
 
 def _neighbor_rows(sample: ImageSet, features_NF: Tensor, queries: int, k: int) -> dict[str, Any]:
     query_Q = torch.linspace(0, len(sample) - 1, min(queries, len(sample))).long()
-    cosine_QK, index_QK = nearest_neighbors(features_NF, query_Q, min(k, len(sample) - 1))
-    shown_QP = torch.cat([query_Q[:, None], index_QK], 1)
+    cosine_QK, shown_QP = torch.empty(len(query_Q), 0), query_Q[:, None]
+    if len(sample) > 1:
+        cosine_QK, index_QK = nearest_neighbors(features_NF, min(k, len(sample) - 1), query_Q)
+        shown_QP = torch.cat([shown_QP, index_QK], 1)
     tiles = as_rgb(sample.unit_squares(shown_QP.flatten().numpy()))
     if sample.image_size > _THUMBNAIL:
         tiles = F.interpolate(tiles, (_THUMBNAIL, _THUMBNAIL), mode="bilinear", antialias=True)

@@ -43,7 +43,7 @@ class Store:
             return features_NF
 
     def find_result(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Reads a result, or gives None."""
+        """Returns a result, or None where there is none."""
         try:
             return json.loads(self._path("cells", key, "json").read_text())["result"]
         except (FileNotFoundError, ValueError, KeyError):

@@ -120,7 +120,7 @@ class EncoderAdapter(nn.Module):
             sizes = f"{features_BF.shape[1]} features of {'x'.join(map(str, pixel_values.shape[1:]))} images"
             raise ValueError(f"encoder: {self.description['name']} gives {sizes}, not {self.config.hidden_size}")
         return BaseModelOutputWithPooling(
-            pooler_output=features_BF,  # type: ignore[arg-type]
+            pooler_output=features_BF,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
 
@@ -214,9 +214,10 @@ class EncoderAdapter(nn.Module):
         name = net.pretrained_cfg.get("architecture") if self.description["library"] == "timm" else None
         if name is None or not timm.is_model(name):
             return None
-        channels = {} if self.config.num_channels == 3 else {"in_chans": self.config.num_channels}
+        channels: dict[str, Any] = {} if self.config.num_channels == 3 else {"in_chans": self.config.num_channels}
+        sizes: list[dict[str, Any]] = [{}, {"img_size": self.config.image_size}]
         wanted = _shapes(net)
-        for size in ({}, {"img_size": self.config.image_size}):
+        for size in sizes:
             try:
                 with torch.device("meta"):
                     if _shapes(timm.create_model(name, num_classes=0, **channels, **size)) == wanted:
@@ -289,7 +290,7 @@ class EncoderAdapter(nn.Module):
         raise ValueError(f"encoder: {self.description['name']} takes no images of {tried}: {reason}")
 
     def _choose(self, output: Any, untrained: Iterable[str]) -> None:
-        """Takes the pooled output, unless only it is untrained; else the class token, else the mean."""
+        """Takes the pooled output, unless its weights are untrained; else the class token, else the mean."""
         name = self.description["name"]
         self._is_map, self._attributes = False, not isinstance(output, dict) or hasattr(output, "to_tuple")
         if isinstance(output, Tensor):

@@ -110,24 +110,14 @@ def create_encoder(
         "num_channels": num_channels,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    if name not in (*OWN_RESNETS, *SHORT_VITS) and ("/" in name or Path(name).is_dir()):
-        if init_from is not None:
-            raise ValueError(f"init_from: {name} brings its own weights; give an architecture, or no init_from")
-        checkpoint = _Checkpoint(name, option="encoder")
+    is_published = name not in (*OWN_RESNETS, *SHORT_VITS) and ("/" in name or Path(name).is_dir())
+    if is_published and init_from is not None:
+        raise ValueError(f"init_from: {name} brings its own weights; give an architecture, or no init_from")
+    checkpoint = _Checkpoint(name, "encoder") if is_published else _Checkpoint(init_from) if init_from else None
+    if is_published and checkpoint is not None:
         if "architecture" not in checkpoint.config:
-            unknown = next(
-                iter([key for key in options if key not in ("image_size", "num_channels")] + [*model_args]), None
-            )
-            if unknown is not None:
-                raise ValueError(f"{unknown}: {name} is a model of transformers, which has no such option")
-            adapter, _ = load_transformers(name, image_size=image_size)
-            if num_channels not in (None, adapter.config.num_channels):
-                raise ValueError(f"num_channels: {name} takes {adapter.config.num_channels}, not {num_channels}")
-            adapter.config.orthogonality = orthogonality
-            return adapter
+            return _of_transformers(name, {**options, **model_args}, orthogonality)
         name = checkpoint.config["architecture"]
-    else:
-        checkpoint = None if init_from is None else _Checkpoint(init_from)
     family = _family(name, pooling)
     config_class = family.config_class
     known = {field.name for field in fields(config_class)}
@@ -148,6 +138,20 @@ def create_encoder(
     if checkpoint is not None:
         _load(model, checkpoint)
     return model
+
+
+def _of_transformers(name: str, options: dict[str, Any], orthogonality: Any) -> Any:
+    for option in options.keys() - {"image_size", "num_channels"}:
+        raise ValueError(f"{option}: {name} is a model of transformers, which has no such option")
+    try:
+        encoder, _ = load_transformers(name, image_size=options.get("image_size"))
+    except OSError as error:
+        raise ValueError(f"encoder: {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    channels = encoder.config.num_channels
+    if options.get("num_channels", channels) != channels:
+        raise ValueError(f"num_channels: {name} takes {channels}, not {options['num_channels']}")
+    encoder.config.orthogonality = orthogonality
+    return encoder
 
 
 def load_transformers(
@@ -219,9 +223,8 @@ def _family(name: str, pooling: str | None) -> Family:
         net: Any = timm.create_model(SHORT_VITS.get(name, name))
     if type(net) is ResNet:
         return SSLResNetModel
-    pools = (pooling or net.global_pool) in ("token", "avg")
-    if type(net) is VisionTransformer and type(net.patch_embed) is PatchEmbed and pools:
-        return SSLViTModel
+    if type(net) is VisionTransformer and type(net.patch_embed) is PatchEmbed:
+        return SSLViTModel if (pooling or net.global_pool) in ("token", "avg") else SSLTimmModel
     return SSLTimmModel
 
 

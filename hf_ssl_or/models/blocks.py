@@ -64,6 +64,7 @@ class Recomputed:
         self.ran = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Calls the block."""
         if compiler.is_compiling():
             return self.call(*inputs, **options)
         if not self.ran:
@@ -83,8 +84,8 @@ def recompute_in_backward(block: nn.Module, checkpoint: Callable[..., Any] | Non
     if checkpoint is None:
         vars(block).pop("forward", None)
         return
-    block._checkpoint = checkpoint  # type: ignore[assignment]
-    block.forward = MethodType(_checkpointed_forward, block)  # type: ignore[method-assign]
+    vars(block)["_checkpoint"] = checkpoint
+    vars(block)["forward"] = MethodType(_checkpointed_forward, block)
 
 
 def _checkpointed_forward(self: Any, *inputs: Any, **options: Any) -> Any:

@@ -375,7 +375,8 @@ class SSLTimmConfig(SSLConfig):
 
 def _own_size(architecture: str) -> int:
     """Returns the side of the images that timm's first weights of an architecture are for."""
-    return timm.models.get_pretrained_cfg(architecture).input_size[-1]
+    known = timm.models.get_pretrained_cfg(architecture)
+    return 224 if known is None else known.input_size[-1]
 
 
 @lru_cache(maxsize=64)

@@ -45,8 +45,8 @@ class SSLTimmModel(SSLModel):
             kept_patches: Refused.
 
         Returns:
-            `pooler_output` (B, hidden_size); `last_hidden_state` as timm's `forward_features` gives it, None where that
-            is no single tensor.
+            `pooler_output` (B, hidden_size); `last_hidden_state` as timm's `forward_features` gives it, None where
+            that is no single tensor.
 
         Raises:
             ValueError: A choice of patches was given.
@@ -90,11 +90,14 @@ class SSLTimmModel(SSLModel):
         return output.hidden_states[index]  # type: ignore[index]
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-        for block in self.blocks():
-            recompute_in_backward(block, gradient_checkpointing_func if enable else None)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for i, block in enumerate(self.blocks()):
+            recompute_in_backward(block, gradient_checkpointing_func if enable and i % every_n_layers == 0 else None)
 
 
 @lru_cache(maxsize=64)

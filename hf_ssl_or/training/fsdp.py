@@ -20,6 +20,7 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.methods.decoder import Decoder
 from hf_ssl_or.methods.heads import ProjectionHead, PrototypeHead
+from hf_ssl_or.models.adapters import EncoderAdapter
 from hf_ssl_or.models.modeling_ssl import SSLModel
 
 
@@ -47,8 +48,8 @@ def shard(method: SSLMethod, device: torch.device, *, compile: bool = False) -> 
 
 def _blocks(method: SSLMethod) -> Iterator[nn.Module]:
     for encoder in method.encoders():
-        if isinstance(encoder, SSLModel):
-            yield from (block for stage in encoder.stages() for block in stage)
+        if isinstance(encoder, SSLModel | EncoderAdapter):
+            yield from encoder.blocks()
 
 
 def _heads(method: SSLMethod) -> Iterator[nn.Module]:

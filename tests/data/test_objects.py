@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -135,6 +137,48 @@ def test_paths_and_folders(tmp_path, monkeypatch):
     assert reds(images) == [0, 2, 1, 3] and images.class_names == ["a", "b"] and "0.png" in images.describe(0)
     resized = load(ImageFolder(folder, v2.Resize(4)))
     assert resized.load_full()[0].shape == (4, 4, 3) and resized.class_names == ["a", "b"]
+
+
+def test_streams_of_files(tmp_path):
+    folder = save(tmp_path / "set", *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(4)))
+    stream = datasets.load_dataset(str(folder), split="train", streaming=True)
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", folder)
+    addresses = [f"zip://train/{'ab'[i % 2]}/{i}.png::{archive}" for i in range(4)]
+    features = datasets.Features({"photo": datasets.Image()})
+    for given, wanted in [
+        (stream, [0, 2, 1, 3]),
+        (datasets.Dataset.from_dict({"photo": addresses}, features).to_iterable_dataset(), [0, 1, 2, 3]),
+        (
+            datasets.IterableDataset.from_generator(lambda: ({"image": picture(i), "label": "x"} for i in range(3))),
+            range(3),
+        ),
+    ]:
+        assert reds(load(given, cache_dir=str(tmp_path / "cache"))) == list(wanted)
+    assert load(stream, cache_dir=str(tmp_path / "cache")).class_names == ["a", "b"]
+
+    def breaks():
+        yield {"image": picture(1)}
+        raise OSError("connection lost\nat 3 am")
+
+    with pytest.raises(InputError, match="IterableDataset fails after 1 rows: connection lost$"):
+        load(datasets.IterableDataset.from_generator(breaks), cache_dir=str(tmp_path / "cache"))
+    missing = datasets.Dataset.from_dict({"photo": [*addresses[:1], str(folder / "gone.png")]}, features)
+    with pytest.raises(InputError, match="row 1 of IterableDataset"):
+        load(missing.to_iterable_dataset(), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="data.cache_dir: cannot keep the images of this IterableDataset"):
+        load(stream, cache_dir=str(tmp_path / "file"))
+
+
+def test_tables_on_disk_and_in_any_order(tmp_path):
+    table().save_to_disk(tmp_path / "saved")
+    saved = datasets.load_from_disk(tmp_path / "saved")
+    parts = saved.train_test_split(0.25, seed=0)
+    for given in (saved, parts, saved.shuffle(seed=1), saved.with_format("numpy").select([3, 1])):
+        images, chosen = load(given), given["train"] if isinstance(given, dict) else given
+        wanted = [int(np.asarray(row["image"])[0, 0, 0]) for row in chosen]
+        assert reds(images) == wanted and images.labels.tolist() == [int(row["label"]) for row in chosen]
+    assert load(saved).fingerprint == load(table()).fingerprint != load(saved.shuffle(seed=1)).fingerprint
 
 
 def test_kinds_of_numbers():

@@ -145,3 +145,15 @@ def test_too_few_images(settings: dict) -> None:
         curate(noise(5, 2), Curation(**settings))
     with pytest.raises(InputError, match="nearest of 1 images"):
         curate(noise(1, 2), Curation(duplicates=0.9))
+
+
+def test_neighbors_of_some_images_equal_a_sort_of_cosines() -> None:
+    features = torch.randn(60, 7, generator=torch.Generator().manual_seed(0))
+    query = torch.tensor([3, 59, 0])
+    cosine, index = nearest_neighbors(features, 5, query)
+    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
+    for row, q in enumerate(query.tolist()):
+        others = [i for i in range(60) if i != q]
+        expected = sorted(others, key=lambda i: -float(unit[q] @ unit[i]))[:5]
+        assert index[row].tolist() == expected
+        np.testing.assert_allclose(cosine[row], unit[expected] @ unit[q], atol=1e-6)

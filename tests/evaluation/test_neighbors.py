@@ -1,4 +1,4 @@
-"""Neighbors against a sort in numpy, and the files of a run's sample."""
+"""The files of a run's sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.data.image_dataset import ImageSet
-from hf_ssl_or.evaluation.neighbors import nearest_neighbors, pack_features, write_samples
+from hf_ssl_or.evaluation.neighbors import pack_features, write_samples
 from hf_ssl_or.models.image_conversion import Preprocessing
 
 
@@ -32,24 +32,6 @@ def image_set(n: int, *, labeled: bool = True, size: int = 8) -> ImageSet:
     how = Preprocessing(image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
     pixels = noise(n, size).permute(0, 2, 3, 1).numpy()
     return ImageSet.from_arrays(pixels, labels, class_names=names, name="noise", preprocessing=how)
-
-
-def test_neighbors_equal_a_sort_of_cosines() -> None:
-    features = torch.randn(60, 7, generator=torch.Generator().manual_seed(0))
-    query = torch.tensor([3, 59, 0])
-    cosine, index = nearest_neighbors(features, query, 5)
-    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
-    for row, q in enumerate(query.tolist()):
-        others = [i for i in range(60) if i != q]
-        expected = sorted(others, key=lambda i: -float(unit[q] @ unit[i]))[:5]
-        assert index[row].tolist() == expected
-        np.testing.assert_allclose(cosine[row], unit[expected] @ unit[q], atol=1e-6)
-
-
-def test_of_equally_near_images_the_first_wins_and_zeros_are_near_nothing() -> None:
-    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
-    cosine, index = nearest_neighbors(features, torch.tensor([1, 3]), 3)
-    assert index.tolist() == [[0, 2, 3], [0, 1, 2]] and cosine.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])

@@ -43,7 +43,7 @@ def hidden_covariances(
     images.
 
     Args:
-        encoder: Takes `output_hidden_states`, and its configuration has `stage_names`; on `device` already.
+        encoder: On `device` already. Where its configuration has `stage_names` it takes `output_hidden_states`.
         images: The images, say a sample.
         batch_size: Images per forward pass of a process.
         device: Where to encode.
@@ -51,18 +51,19 @@ def hidden_covariances(
         mixed_precision: Autocast of the encoder.
 
     Returns:
-        "hidden/<stage>" for every stage in order, and "representation".
+        "hidden/<stage>" for every stage in order, where the encoder has stages, and "representation".
 
     Raises:
         InputError: There are fewer images than processes, or a flattened output is too wide.
     """
     device = torch.device(device)
-    names = [f"hidden/{stage}" for stage in encoder.config.stage_names]  # type: ignore[union-attr]
+    names = [f"hidden/{stage}" for stage in getattr(encoder.config, "stage_names", None) or ()]
     moments: dict[str, CovarianceAccumulator] = {}
     with _inference(encoder, device, mixed_precision):
         for x_BCHW in images.clean(_own_batches(images, batch_size), device):
-            output = encoder(x_BCHW, output_hidden_states=True)
-            for name, x in zip([*names, "representation"], [*output.hidden_states, output.pooler_output], strict=True):
+            output = encoder(x_BCHW, output_hidden_states=True) if names else encoder(x_BCHW)
+            states = output.hidden_states if names else ()
+            for name, x in zip([*names, "representation"], [*states, output.pooler_output], strict=True):
                 x_BD = _flattened(x, name) if flatten else _pooled(x)
                 moments.setdefault(name, CovarianceAccumulator(x_BD.shape[1], device, name)).update(x_BD)
     return {name: accumulator.over_ranks() for name, accumulator in moments.items()}

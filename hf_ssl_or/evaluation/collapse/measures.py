@@ -58,7 +58,7 @@ def rankme(features: Features, eps: float = _EPS) -> float:
     """Effective rank of features: exp of the entropy of p_i = s_i / sum(s) + eps, between 1 and min(N, D).
 
     Garrido et al., "RankMe" (ICML 2023), equations 1 and 2. Not centered, as there; `reptrix` takes PCA variances
-    (centered, squared) instead and gives another number.
+    (centered, squared) instead and returns another number.
 
     Args:
         features: Matrix (N, D), or a stream; singular values below about 1e-7 of the largest count as 0.
@@ -114,7 +114,7 @@ def lidar(views: Views, delta: float = 1e-4, eps: float = 1e-8) -> float:
     Thilak et al., "LiDAR" (ICLR 2024): exp of the entropy of p_i = m_i / sum(m) + eps, with m_i the eigenvalues of
     W^-1/2 B W^-1/2, B the covariance of the images' means (n - 1) and W the covariance of views about their image's
     mean (n * (q - 1)) plus delta * I. With W = L L^T they are those of L^-1 B L^-T: no inverse root. At most
-    min(n - 1, D) of them are positive. `reptrix` neither divides the scatters nor takes delta = 1e-4, and gives
+    min(n - 1, D) of them are positive. `reptrix` neither divides the scatters nor takes delta = 1e-4, and returns
     another number.
 
     Args:
@@ -203,7 +203,7 @@ def weight_report(encoder: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def _notes(moments: CovarianceAccumulator, varies: bool) -> list[str]:
-    """Says what must be known to read the measures."""
+    """Returns what must be known to read the measures."""
     dimension = len(moments.mean_D)
     if moments.count < 2:
         return ["one image has no spread: what is centered, and each standard deviation, is 0"]

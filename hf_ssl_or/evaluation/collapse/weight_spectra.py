@@ -17,7 +17,7 @@ _BISECTIONS = 4  # up to 16 groups of filters
 
 
 def weight_spectra(encoder: nn.Module) -> dict[str, np.ndarray]:
-    """Normalized eigenvalues of the encoder's telling weights, see `select_weights`.
+    """Returns the normalized eigenvalues of the encoder's telling weights, see `select_weights`.
 
     As in He, Du & Ma (NeurIPS 2024, section 5), a weight is a matrix of its inputs (rows, the samples) by its outputs.
 
@@ -35,7 +35,7 @@ def weight_matrices(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def select_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """Picks the weights whose spectra are drawn, each as (outputs, inputs * kernel).
+    """Selects the weights whose spectra are plotted, each as (outputs, inputs * kernel).
 
     ResNets: the last convolution of each stage. Vision transformers: `attn.proj` and `mlp.fc2` of the first, middle
     and last block. Any other encoder: every weight.
@@ -58,7 +58,7 @@ def select_weights(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def filter_correlations(weight: Tensor | np.ndarray, *, ordered: bool = True) -> np.ndarray:
-    """Absolute correlations among the filters of a layer, as drawn in figure 5 of He, Du & Ma (NeurIPS 2024).
+    """Absolute correlations among the filters of a layer, as plotted in figure 5 of He, Du & Ma (NeurIPS 2024).
 
     Filters that resemble each other stand together, so that groups of redundant filters show as blocks. The paper
     orders by spectral biclustering. Here, for lack of a fixed number of clusters, the filters are split in two by the

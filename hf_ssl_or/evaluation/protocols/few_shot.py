@@ -29,7 +29,7 @@ class FewShotProtocol(Protocol):
 
     Attributes:
         shots: Labeled images of each class; a class that has fewer gives all it has.
-        draws: How many times images are drawn for each seed. The images of fewer shots are among those of more.
+        draws: How many times images are sampled for each seed. The images of fewer shots are among those of more.
         l2: Penalty l2 / 2 * ||W||^2 of the summed cross-entropy.
     """
 
@@ -45,13 +45,13 @@ class FewShotProtocol(Protocol):
         return f"top1_n{max(self.shots)}"
 
     def keys(self, seeds: Sequence[int]) -> list[int]:
-        """Returns the keys of all draws of all seeds."""
+        """Returns the keys of all samples of all seeds."""
         return [hashed_seed("few-shot", seed, draw) for seed in seeds for draw in range(self.draws)]
 
     def run(
         self, train: LabeledFeatures, test: LabeledFeatures, *, seed: int, device: torch.device | str
     ) -> dict[str, float]:
-        """Evaluates one draw: `top1_n<shots>` in percent."""
+        """Evaluates one sample of images: `top1_n<shots>` in percent."""
         classes = check_labeled(train, test, what=self.name)
         test_MF = unit_rows(test.features_NF.to(device))
         order_N, place_N = sample_order(train.labels_N.cpu(), seed)

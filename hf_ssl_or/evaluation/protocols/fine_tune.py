@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole encoder with `transformers.Trainer`: how well its weights serve as a start.
+"""Fine-tuning of the full encoder with `transformers.Trainer`: how well its weights serve as a start.
 
 Every image is augmented anew in each epoch, a batch at a time, by the package's own views. The accuracy is that of the
 last epoch, never the best.
@@ -24,6 +24,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -129,7 +130,7 @@ def fine_tune(
 ) -> dict[str, float]:
     """Trains a copy of an encoder and a new head on labeled images, and evaluates them on others.
 
-    On several processes each takes its share of every batch, batch statistics are those of the whole batch, and every
+    On several processes each takes its share of every batch, batch statistics are those of the full batch, and every
     process returns the same metrics.
 
     Args:
@@ -149,7 +150,7 @@ def fine_tune(
         `top1` and `top5` on the test images in percent, and `train_loss`, the mean over all steps.
 
     Raises:
-        InputError: Labels are missing or of one class; the encoder cannot be loaded, or gives no features; the batch
+        InputError: Labels are missing or of one class; the encoder cannot be loaded, or returns no features; the batch
             cannot be shared out; the environment has settings of accelerate that would change the training.
     """
     arguments = arguments or FineTuneArguments()
@@ -293,6 +294,7 @@ class _Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
+        self.config = PreTrainedConfig()  # Trainer asks for it
         self.encoder, self.classifier = copy.deepcopy(encoder), nn.Linear(width, classes)
         for parameter in self.encoder.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -327,7 +329,7 @@ def _width(encoder: nn.Module, images: ImageSet) -> int:
     with evaluating(encoder), torch.no_grad():
         features = getattr(encoder(x_1CHW), "pooler_output", None)
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise InputError(f"fine_tune: a {type(encoder).__name__} gives no pooler_output (images, features)")
+        raise InputError(f"fine_tune: a {type(encoder).__name__} returns no pooler_output (images, features)")
     return features.shape[1]
 
 

@@ -28,7 +28,7 @@ _CHUNK_ELEMENTS = 2**23  # similarities held at once, 32 MiB: the fastest on CPU
 
 @dataclass(frozen=True, kw_only=True)
 class KnnProtocol(Protocol):
-    """Settings of `knn_accuracy`, over the whole bank.
+    """Settings of `knn_accuracy`, over all of the bank.
 
     Attributes:
         k: Numbers of neighbors; the first gives the primary metric.

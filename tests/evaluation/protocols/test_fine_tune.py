@@ -201,11 +201,25 @@ def test_any_encoder_is_fine_tuned() -> None:
     for encoder, decay in ((Encoder(), 1.0), (Dinov2Model(config), 1.0), (TimmWrapperModel(wrapped), 0.5)):
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         encoder.requires_grad_(False)
-        runs = [fine_tune(encoder, image_set(18), image_set(9), quick(epochs=1, layer_decay=decay)) for _ in range(2)]
-        assert runs[0] == runs[1] and 0 <= runs[0]["top1"] <= runs[0]["top5"] == 100
+        metrics = fine_tune(encoder, image_set(6), image_set(9), quick(epochs=1, layer_decay=decay))
+        assert list(metrics) == ["top1", "top5", "train_loss"] and metrics["top5"] == 100
         assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    learned = fine_tune(Encoder(), image_set(18), image_set(18), quick(epochs=40, learning_rate=0.03))
-    assert learned["train_loss"] < 1.1 and learned["top1"] > 40  # noise, by heart
+
+
+class Wrapped(torch.nn.Module):
+    """An encoder of this package that does not show what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = slim_encoder()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_another_encoder_is_trained_like_one_of_this_package() -> None:
+    data = image_set(20), image_set(23), quick(layer_decay=0.7)
+    assert fine_tune(Wrapped(), *data) == pytest.approx(fine_tune(slim_encoder(), *data), rel=1e-6)
 
 
 def test_parameters_of_another_net_are_grouped_by_kind() -> None:
@@ -266,7 +280,7 @@ def test_bad_input_is_refused(tmp_path) -> None:
         fine_tune(slim_encoder(), image_set(8, labels=False), image_set(8))
     with pytest.raises(InputError, match="nothing: cannot be loaded as an encoder"):
         fine_tune(tmp_path / "nothing", image_set(8), image_set(8))
-    with pytest.raises(InputError, match="a SSLResNetForImageClassification gives no pooler_output"):
+    with pytest.raises(InputError, match="a SSLResNetForImageClassification returns no pooler_output"):
         fine_tune(AutoModelForImageClassification.from_config(SSLResNetConfig()), image_set(8), image_set(8))
     with pytest.raises(InputError, match="save_to: a Encoder has no classifier that could be saved"):
         fine_tune(Encoder(), image_set(8), image_set(8), save_to=tmp_path)
