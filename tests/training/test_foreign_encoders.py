@@ -136,7 +136,6 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, name: str) -> None
         assert torch.equal(weight, again.method.state_dict()[key]), key
 
 
-
 def print_differences(folder: Path) -> None:
     """Prints what docs/python.md says."""
     for count in (1, 2):
