@@ -81,7 +81,9 @@ def test_what_is_pushed_loads_by_the_lines_of_the_card(
     files = hub.repository("ada/net").files
     card = files["README.md"].decode()
     assert set(result.files) == set(files) and "model.safetensors" in files
-    assert "These were Python objects: `encoder`, `train_dataset`" in card and "it does not rebuild the run alone" in card
+    assert (
+        "These were Python objects: `encoder`, `train_dataset`" in card and "it does not rebuild the run alone" in card
+    )
     assert ("trust_remote_code" in card) == (kind == "torch")
     lines = lines_of(card)
     assert "hf_ssl_or" not in lines
