@@ -22,7 +22,7 @@ def test_every_folder_has_a_card():
 @pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
 def test_the_card_is_made_again_to_the_byte(folder: Path):
     text = (folder / "README.md").read_text()
-    stated = re.search(r"images it was trained on[^:\n]*: (.*)\.$", text, flags=re.MULTILINE)[1]
+    stated = re.search(r"^- The training images[^:\n]*: (.*)\.$", text.split("## License")[1], flags=re.MULTILINE)[1]
     license = ModelCard.load(folder / "README.md").data.license
     files = card_files(folder, license=license, data_license=None if stated.startswith("no license") else stated)
     assert {path: (folder / path).read_bytes() for path in files} == files

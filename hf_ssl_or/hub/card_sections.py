@@ -78,7 +78,7 @@ def summary(run: RunRecord) -> str:
     return (
         f"An image encoder, {code(recipe['encoder']['name'])}{width}, pretrained without labels on {count} of "
         f"{code(recipe['data']['dataset'])} ({size:d} {TIMES} {size:d} pixels) by {code(recipe['method']['name'])} on "
-        f"{views:d} views of each image{f' and {penalty}' if penalty else ''}. "
+        f"{views:d} views of each image{f', with {penalty}' if penalty else ''}. "
         f"{f'Training started from the weights of {code(start)}. ' if start else ''}"
         "This card was written by `hf-ssl-or card` from the files of the run."
     )

@@ -11,6 +11,7 @@ from hf_ssl_or.hub.export.model import why_not_timm
 from hf_ssl_or.hub.export.pixels import OPEN_RGB, is_rgb, photo_name
 from hf_ssl_or.hub.markdown import block
 from hf_ssl_or.hub.published_run import encoder_config
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.runs.reader import RunRecord
 from hf_ssl_or.runs.results import OWN_LIBRARY, EncoderDescription
@@ -56,6 +57,13 @@ encoder = timm.create_model("{{place}}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 {OPEN_RGB.replace("PHOTO", "{photo}")}features = encoder(transform(image).unsqueeze(0))  # (1, {{width}})"""
 
+_STOCK_PIXELS = f"""\
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained({{source}})
+{OPEN_RGB.replace("PHOTO", "{photo}")}pixel_values = processor(image, return_tensors="pt").pixel_values"""
+
 _PIXELS = """\
 from transformers import AutoImageProcessor
 
@@ -76,8 +84,10 @@ def usage(run: RunRecord, repo_id: str | None) -> dict[str, Any]:
     named["place"] = f"local-dir:{EXPORTED}" if repo_id is None else f"hf-hub:{repo_id}"
     named["photo"] = "photo.jpg" if run.preprocessing is None else photo_name(run.preprocessing)
     if encoder.library != OWN_LIBRARY:
-        lines = [("", _PIXELS.format(**named)), ("", "\n".join(_foreign_lines(encoder, repo_id)))]
-        return {"snippets": _blocks(lines), "why_not_timm": "", "remote_code": "processor"}
+        stock = has_stock_processor(encoder, run.preprocessing)
+        pixels = (_STOCK_PIXELS if stock else _PIXELS).format(**named)
+        lines = [("", pixels), ("", "\n".join(_foreign_lines(encoder, repo_id)))]
+        return {"snippets": _blocks(lines), "why_not_timm": "", "remote_code": "" if stock else "processor"}
     lines = [
         ("", _LOAD),
         ("With the package hf_ssl_or installed, no such code runs:", _PACKAGE),
@@ -100,6 +110,11 @@ def describe_encoder(encoder: nn.Module) -> EncoderDescription | None:
     adapter: Any = encoder
     lines, origin = adapter.loading_lines("FOLDER"), adapter.description
     return EncoderDescription(library=origin["library"], name=origin["name"], loading_lines=lines)
+
+
+def has_stock_processor(encoder: EncoderDescription, preprocessing: Preprocessing | None) -> bool:
+    """Says whether an encoder that is saved as itself comes with an image processor of transformers' own."""
+    return encoder.library != "torch" and preprocessing is not None and is_rgb(preprocessing)
 
 
 def described_encoder(run: RunRecord) -> EncoderDescription:

@@ -20,16 +20,18 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
 
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.export.model import Lines, Portable, read_portable
+from hf_ssl_or.hub.export.model import Lines, Portable, read_portable, timm_lines
+from hf_ssl_or.hub.export.pixels import OPEN_RGB
 from hf_ssl_or.hub.sample_files import write_samples
+from hf_ssl_or.hub.snippets import has_stock_processor
 from hf_ssl_or.hub.upload_queue import file_sha256
 from hf_ssl_or.hub.weight_files import weights_sha256
 from hf_ssl_or.models.adapters import adapt_encoder
-from hf_ssl_or.models.image_processing_ssl import preprocessing_of
+from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.runs.results import EncoderDescription
 
 TOLERANCE = 1e-5
@@ -40,7 +42,9 @@ _proven: set[tuple[str, ...]] = set()
 # The code in a folder is run with trust: it is about to be published as the user's own.
 _TRUST = '.from_pretrained("FOLDER", trust_remote_code=True'
 _PROCESSOR = f"processor = AutoImageProcessor{_TRUST})\n"
-_PREPARE = 'pixel_values = processor("PHOTO", return_tensors="pt").pixel_values\n'
+_STOCK_PROCESSOR = 'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+_FILE = '"PHOTO"'
+_PREPARE = f'pixel_values = processor({_FILE}, return_tensors="pt").pixel_values\n'
 REMOTE_CODE = Lines(
     library="transformers",
     packages="transformers timm",
@@ -143,8 +147,6 @@ def prove(pushed: Path, original: Path) -> float:
             f"{original}: its image processor makes {channels} channels, its model takes "
             f"{portable.config.num_channels}; not pushed"
         )
-    from hf_ssl_or.hub.export.timm import timm_lines
-
     in_timm = "pretrained_cfg" in json.loads((pushed / "config.json").read_text(encoding="utf-8"))
     found = _differences(portable, pushed, [REMOTE_CODE, *([timm_lines(portable)] if in_timm else [])], None)
     return _accepted(original, found, fingerprint)
@@ -167,23 +169,25 @@ def prove_as_itself(pushed: Path, original: Path, encoder: EncoderDescription) -
     Raises:
         InputError: As for `prove`.
     """
-    if encoder.library not in ("transformers", "timm"):
+    if any("load_model(" in line for line in encoder.loading_lines):
         if weights_sha256(pushed) != weights_sha256(original):
             raise InputError(f"{original}: what would be pushed holds other weights; nothing was pushed")
         return 0.0
-    if (fingerprint := _fingerprint(pushed)) in _proven:
+    if (fingerprint := (*_fingerprint(pushed), *encoder.loading_lines)) in _proven:
         return 0.0
+    preprocessing = _preprocessing(original)
+    stock = has_stock_processor(encoder, preprocessing)
     *load, inference, call = encoder.loading_lines
     lines = Lines(
         library=encoder.library,
         packages=encoder.library,
-        imports=("import torch", "from transformers import AutoImageProcessor"),
-        load="\n".join([*load, _PROCESSOR]),
-        prepare=_PREPARE,
+        imports=("import torch", "from PIL import Image, ImageOps", "from transformers import AutoImageProcessor"),
+        load="\n".join([*load, _STOCK_PROCESSOR if stock else _PROCESSOR]),
+        prepare=f"{OPEN_RGB}{_PREPARE.replace(_FILE, 'image')}" if stock else _PREPARE,
         call=f"{inference}\n{call}\n",
     )
     with tempfile.TemporaryDirectory(prefix="hf-ssl-or-proof-") as name:
-        reference = _reference_as_itself(original, encoder, Path(name))
+        reference = _reference_as_itself(original, encoder, preprocessing, Path(name))
         found = _run_and_compare(reference, pushed, [lines], Path(name))
     return _accepted(original, found, fingerprint)
 
@@ -235,11 +239,11 @@ def _reference(portable: Portable, files: list[Path]) -> _Reference:
 
 
 @torch.no_grad()
-def _reference_as_itself(folder: Path, encoder: EncoderDescription, work: Path) -> _Reference:
+def _reference_as_itself(
+    folder: Path, encoder: EncoderDescription, preprocessing: Preprocessing, work: Path
+) -> _Reference:
     pooled = any(".pooler_output" in line for line in encoder.loading_lines)
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(folder)
-        preprocessing = preprocessing_of(processor)
         if encoder.library == "transformers":
             net = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         else:
@@ -251,11 +255,18 @@ def _reference_as_itself(folder: Path, encoder: EncoderDescription, work: Path) 
     except Exception as error:  # transformers, safetensors and timm: what they raise cannot be listed
         raise InputError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from error
     files = write_samples(preprocessing, _drawings(), work)
-    given = _given(processor(files, return_tensors="pt").pixel_values)
+    given = _given(torch.stack([preprocessing.tensor(file) for file in files]))
     expected = {f"picture{i}": pixels_CHW for i, pixels_CHW in enumerate(given["real"])}
     for kind, pixels in given.items():
         expected[f"{kind}/features"] = model(torch.from_numpy(pixels)).pooler_output.numpy()
     return _Reference(name=str(folder), files=files, given=given, expected=expected, std=preprocessing.std)
+
+
+def _preprocessing(encoder: Path) -> Preprocessing:
+    try:
+        return Preprocessing(**json.loads((encoder / "config.json").read_text(encoding="utf-8"))["preprocessing"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{encoder / 'config.json'}: does not say how images become pixels ({error!r})") from error
 
 
 def _given(real_BCHW: Tensor) -> dict[str, np.ndarray]:

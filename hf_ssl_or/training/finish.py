@@ -54,6 +54,7 @@ def write_encoder(encoder: Any, folder: Path, *, recipe: dict[str, Any], images:
         build_image_processor(images.preprocessing).save_pretrained(folder)
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["image_processor_type"] = stock["image_processor_type"]  # which transformers reads here, not there
     config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **stock["pretrained_cfg"]}
     for name, content in (("config.json", config), ("preprocessor_config.json", stock)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

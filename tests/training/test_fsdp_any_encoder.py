@@ -84,4 +84,3 @@ def test_two_sharded_processes_train_as_one(tmp_path: Path) -> None:
         assert any(not torch.equal(one[key], start[key]) for key in one)
         for key, value in one.items():
             assert two[key].allclose(value, rtol=1e-9, atol=1e-9), f"{name}: {key}"
-

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
 
 from hf_ssl_or.hub.export.model import Lines, Portable, renamed, write_json
-from hf_ssl_or.hub.export.timm import processor_lines, transform_settings
+from hf_ssl_or.hub.export.timm import processor_lines
 from hf_ssl_or.hub.export.torchvision import PLAIN_RESNET
+from hf_ssl_or.models.image_processing_ssl import stock_processor
 from hf_ssl_or.models.modeling_ssl_vit import SSLViTModel
 
 _LIBRARY = "stock transformers"
@@ -74,8 +75,8 @@ def write(portable: Portable, folder: Path) -> list[Lines]:
         weights = {key if key.startswith("classifier") else f"{kind.lower()}.{key}": weights[key] for key in weights}
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    if portable.takes_rgb:
-        write_json(folder / "preprocessor_config.json", _processor(portable))
+    if (processor := stock_processor(portable.preprocessing)) is not None:
+        write_json(folder / "preprocessor_config.json", processor)
     return [_lines(portable, is_vit)]
 
 
@@ -139,7 +140,7 @@ def _shared(portable: Portable) -> dict[str, Any]:
         "num_channels": portable.config.num_channels,
         "image_size": portable.config.image_size,
         "preprocessing": portable.preprocessing.to_dict(),
-        **(_processor(portable) if portable.takes_rgb else {}),
+        **(stock_processor(portable.preprocessing) or {}),
     }
     if portable.labels is None:
         return shared
@@ -156,14 +157,6 @@ def _check_size(portable: Portable, config: PreTrainedConfig) -> None:
     if ours != theirs:
         reason = f"its {config.model_type} of this kind has {theirs:,} weights, this one has {ours:,}"
         raise portable.refusal(_LIBRARY, reason, ["timm", "onnx"])
-
-
-def _processor(portable: Portable) -> dict[str, Any]:
-    """Returns the settings of the one image processor of transformers that resizes and crops as timm does.
-
-    Its file is config.json: transformers reads preprocessor_config.json to find the class only.
-    """
-    return {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": transform_settings(portable)}
 
 
 def _lines(portable: Portable, is_vit: bool) -> Lines:
