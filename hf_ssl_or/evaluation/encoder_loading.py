@@ -29,7 +29,6 @@ from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.models.adapters import POOLER, adapt_encoder
 from hf_ssl_or.models.auto import create_encoder, list_encoders, load_transformers, split_revision
 from hf_ssl_or.models.image_conversion import Preprocessing
-from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
 from hf_ssl_or.randomness import hashed_seed
@@ -211,11 +210,10 @@ def _transformers(name: str, size: int | None, *, pretrained: bool = True) -> Lo
     source = _encoder_folder(name)
     if AutoConfig.from_pretrained(source).model_type == "timm_wrapper":  # what timm wrote
         return _timm(source, pretrained, size)
-    encoder, processor = load_transformers(source, image_size=size, trainable=False, pretrained=pretrained)
-    if processor is None:
+    encoder, how, exact = load_transformers(source, image_size=size, trainable=False, pretrained=pretrained)
+    if how is None:
         raise InputError(f"{name}: has no preprocessor_config.json, which says what its images must be")
-    exact = isinstance(processor, SSLImageProcessor)
-    return encoder, Processing.of(preprocessing_of(processor), exact=exact)
+    return encoder, Processing.of(how, exact=exact)
 
 
 def _encoder_folder(name: str) -> str:

@@ -44,7 +44,8 @@ from hf_ssl_or.models.configuration_ssl import (
     list_architectures,
     nearest,
 )
-from hf_ssl_or.models.image_processing_ssl import preprocessing_of
+from hf_ssl_or.models.image_conversion import Preprocessing
+from hf_ssl_or.models.image_processing_ssl import SSLImageProcessor, preprocessing_of
 from hf_ssl_or.models.modeling_ssl import SSLModel
 from hf_ssl_or.models.modeling_ssl_resnet import SSLResNetModel
 from hf_ssl_or.models.modeling_ssl_timm import SSLTimmModel
@@ -144,7 +145,7 @@ def _of_transformers(name: str, options: dict[str, Any], orthogonality: Any) -> 
     for option in options.keys() - {"image_size", "num_channels"}:
         raise ValueError(f"{option}: {name} is a model of transformers, which has no such option")
     try:
-        encoder, _ = load_transformers(name, image_size=options.get("image_size"))
+        encoder, *_ = load_transformers(name, image_size=options.get("image_size"))
     except OSError as error:
         raise ValueError(f"encoder: {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     channels = encoder.config.num_channels
@@ -156,7 +157,7 @@ def _of_transformers(name: str, options: dict[str, Any], orthogonality: Any) -> 
 
 def load_transformers(
     source: str | os.PathLike[str], *, image_size: int | None = None, trainable: bool = True, pretrained: bool = True
-) -> tuple[Any, Any]:
+) -> tuple[Any, Preprocessing | None, bool]:
     """Loads a model of transformers, or of this package, from safetensors and without remote code.
 
     Args:
@@ -166,7 +167,8 @@ def load_transformers(
         pretrained: False takes its configuration alone.
 
     Returns:
-        The encoder in float32, and its image processor, None where there is none.
+        The encoder in float32; what becomes of its images, None where no image processor says it; and whether that is
+        what it was trained with by this package, range of values included.
 
     Raises:
         ValueError: Weights are missing, damaged or in another format.
@@ -196,12 +198,15 @@ def load_transformers(
     lost = [key for key in missing if "pooler" not in key]
     if lost:
         raise ValueError(f"{name}: its files lack {len(lost)} of the model's weights, the first: {lost[0]}")
-    preprocessing = None if processor is None else preprocessing_of(processor)
+    trained_with = getattr(net.config, "preprocessing", None)
+    preprocessing: Preprocessing | None = Preprocessing(**trained_with) if trained_with else None
+    if preprocessing is None and processor is not None:
+        preprocessing = preprocessing_of(processor)
     size = image_size or (None if preprocessing is None else preprocessing.image_size)
     encoder = adapt_encoder(net, image_size=size, untrained=missing, trainable=trainable)
     if isinstance(encoder, EncoderAdapter):
         encoder.preprocessing = None if preprocessing is None else preprocessing.to_dict()
-    return encoder, processor
+    return encoder, preprocessing, bool(trained_with) or isinstance(processor, SSLImageProcessor)
 
 
 def _check_downloads(name: str, revision: str | None) -> None:
