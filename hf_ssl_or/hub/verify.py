@@ -24,7 +24,7 @@ from transformers import AutoModel
 
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.hub.export.model import Lines, Portable, read_portable
+from hf_ssl_or.hub.export.model import Lines, Portable, read_portable, timm_lines
 from hf_ssl_or.hub.export.pixels import OPEN_RGB
 from hf_ssl_or.hub.sample_files import write_samples
 from hf_ssl_or.hub.snippets import has_stock_processor
@@ -147,8 +147,6 @@ def prove(pushed: Path, original: Path) -> float:
             f"{original}: its image processor makes {channels} channels, its model takes "
             f"{portable.config.num_channels}; not pushed"
         )
-    from hf_ssl_or.hub.export.timm import timm_lines
-
     in_timm = "pretrained_cfg" in json.loads((pushed / "config.json").read_text(encoding="utf-8"))
     found = _differences(portable, pushed, [REMOTE_CODE, *([timm_lines(portable)] if in_timm else [])], None)
     return _accepted(original, found, fingerprint)

@@ -207,6 +207,28 @@ def why_not_timm(config: Any) -> str | None:
     return None
 
 
+def timm_lines(portable: Portable) -> Lines:
+    """Returns the lines by which timm loads the folder."""
+    call = "with torch.inference_mode():\n"
+    if portable.labels is None:
+        call += "    features = model(pixel_values)\n"
+    else:
+        call += "    features = model.forward_head(model.forward_features(pixel_values), pre_logits=True)\n"
+        call += "    logits = model(pixel_values)\n"
+    lines = Lines(
+        library="timm",
+        packages="timm",
+        imports=("import timm", "import torch"),
+        load='model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n',
+        prepare=(
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)\n"
+            "pixel_values = transform(image)[None]\n"
+        ),
+        call=call,
+    )
+    return portable.with_images(lines)
+
+
 def renamed(weights: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], list[str]]:
     """Renames weights by the first pattern that matches each, and lists the names that none matches."""
     found, lost = {}, []

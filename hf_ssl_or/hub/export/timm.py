@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from hf_ssl_or.hub.export.model import Lines, Portable, read_portable, why_not_timm, write_json
+from hf_ssl_or.hub.export.model import Lines, Portable, read_portable, timm_lines, why_not_timm, write_json
 from hf_ssl_or.hub.verify import compare
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,28 +115,6 @@ def add_timm_files(folder: str | Path, *, check: bool = True) -> str | None:
     finally:
         shutil.rmtree(staging)
     return None
-
-
-def timm_lines(portable: Portable) -> Lines:
-    """Returns the lines by which timm loads the folder."""
-    call = "with torch.inference_mode():\n"
-    if portable.labels is None:
-        call += "    features = model(pixel_values)\n"
-    else:
-        call += "    features = model.forward_head(model.forward_features(pixel_values), pre_logits=True)\n"
-        call += "    logits = model(pixel_values)\n"
-    lines = Lines(
-        library="timm",
-        packages="timm",
-        imports=("import timm", "import torch"),
-        load='model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n',
-        prepare=(
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)\n"
-            "pixel_values = transform(image)[None]\n"
-        ),
-        call=call,
-    )
-    return portable.with_images(lines)
 
 
 def _wrapper_lines(portable: Portable) -> Lines:
