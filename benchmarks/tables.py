@@ -1,4 +1,4 @@
-"""Writes the tables of docs/speed.md and docs/scale.md from the results, so that no figure is typed by hand.
+"""Writes the tables of docs/speed.md, docs/scale.md and others from the results, so that no figure is typed by hand.
 
     python benchmarks/tables.py [--check]
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md", "images.md")]
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md", "images.md", "encoders.md")]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PEERS = {  # packages that a script compares with, by the name of their versions
@@ -122,6 +122,18 @@ TABLES: dict[tuple[str, str], Columns] = {
         "blocks_mib": ("`gradient_checkpointing`", ".0f"),
         "parts_mib": ("parts", ".0f"),
         "gradient_difference": ("gradient against plain", ".0e"),
+    },
+    ("encoders", "rows"): {
+        "name": ("encoder", ""),
+        "features": ("features", "d"),
+        "trained": ("trains 3 steps", ""),
+        "resumed": ("resumed", ""),
+        "stages": ("stages in the spectra", "d"),
+        "errors": ("weights with an OR error", "d"),
+        "transformers": ("loaded by transformers", ""),
+        "timm": ("by timm", ""),
+        "lines": ("by its own lines", ""),
+        "notes": ("left out", ""),
     },
     **{("growth", key): GROWTH for key in ("views", "dims", "batches", "sides", "processes")},
 }

@@ -82,7 +82,7 @@ class _Sum(torch.autograd.Function):
 # Tensors of which each process holds a part; a tensor that is not sharded passes through unchanged
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """Gathers a sharded tensor, with gradient: a collective call, so every process must make it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -95,7 +95,7 @@ def gather_full_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     gathered = list(tensors)
     for indices in of_shape.values():
         if isinstance(tensors[indices[0]], DTensor):
-            stack = whole(torch.stack([tensors[i] for i in indices]))
+            stack = full_tensor(torch.stack([tensors[i] for i in indices]))
             for i, tensor in zip(indices, stack.unbind(), strict=True):
                 gathered[i] = tensor
     return gathered

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import load_images
@@ -80,14 +81,21 @@ def pretrain(
         images = load_training_images(recipe)
         labeled = labeled_images(recipe, images)
     trainer = build_trainer(recipe, run_dir, images, labeled=labeled, accelerator=accelerator)
-    if accelerator.is_main_process:
-        print_start(images)
+    trainer.add_callback(_Announcement)
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     accelerator.end_training()
     if accelerator.is_main_process and recipe.training.push_to is not None:
         push_finished(run_dir, recipe.training.push_to)
     return trainer.results
+
+
+class _Announcement(TrainerCallback):
+    """Says what a run trains on, once it begins."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            print_start(kwargs["trainer"].images)
 
 
 def load_training_images(recipe: Recipe) -> ImageSet:

@@ -5,6 +5,7 @@ One start of four processes runs every check with 2 and with 4 of them and write
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from processes import run_all
 from small_methods import small_settings
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -219,7 +221,20 @@ def test_half_precision_keeps_statistics_in_float32():
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
 
-def test_a_fused_batch_norm_is_refused():
+def test_timms_fused_batch_norm_keeps_its_activation():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 3, 3)
+    for options in ({}, {"apply_act": False}, {"act_layer": nn.SiLU}):
+        fused, plain = BatchNormAct2d(4, **options), nn.BatchNorm2d(4)
+        converted = distributed.use_global_batch_norm(copy.deepcopy(fused), images_per_view=3)
+        assert converted.state_dict().keys() == fused.state_dict().keys()
+        expected = torch.cat([fused.act(plain(part)) for part in x.chunk(2)])
+        torch.testing.assert_close(converted(x), expected)
+        torch.testing.assert_close(converted.running_var, plain.running_var)
+        torch.testing.assert_close(converted.eval()(x), fused.act(plain.eval()(x)))
+
+
+def test_an_unknown_batch_norm_is_refused():
     class Fused(nn.BatchNorm2d):
         pass
 

@@ -6,7 +6,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from hf_ssl_or import run
+from hf_ssl_or import evaluate
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.training.arguments import SSLTrainingArguments
@@ -82,11 +82,11 @@ def test_accelerate_launch_passes(arguments, monkeypatch, tmp_path):
 def test_an_evaluation_refuses_them_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(InputError, match="ACCELERATE_MIXED_PRECISION=bf16: the recipe decides"):
-        run._device()
+        evaluate._device()
 
 
 def test_a_launcher_that_forbids_the_gpu_is_heard(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert run._device().type == "cpu"
+    assert evaluate._device().type == "cpu"
     assert build_accelerator(SSLTrainingArguments(), tmp_path).device.type == "cpu"

@@ -15,7 +15,7 @@ from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.evaluation.collapse import collapse_report
 from hf_ssl_or.evaluation.collapse.hidden import hidden_covariances, input_spectrum
-from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, normalized_eigenvalues
 from hf_ssl_or.evaluation.collapse.weight_spectra import weight_spectra
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
@@ -90,7 +90,7 @@ class Monitor:
 
     def _spectra(self, encoder: nn.Module, covariances: dict[str, CovarianceAccumulator]) -> dict[str, Any]:
         """Returns the normalized eigenvalues of the input, of every stage and the representation, and of weights."""
-        features = {name: normalised_eigenvalues(moments, name) for name, moments in covariances.items()}
+        features = {name: normalized_eigenvalues(moments, name) for name, moments in covariances.items()}
         weights = {f"weight/{name}": spectrum for name, spectrum in weight_spectra(encoder).items()}
         return {"input": self._input_spectrum, **features, **weights}
 

@@ -47,8 +47,8 @@ class DecodeJob:
         rows: Which of them.
         preprocessing: Channels and kind of the pixels, and the geometry of squares.
         dtype: Type of the pixels that are kept.
-        square: Makes the squares that an encoder gets in evaluation, not whole images.
-        bound: Most pixels of the shorter side of whole images; larger ones are resized. None for no bound.
+        square: Makes the squares that an encoder gets in evaluation, not full images.
+        bound: Most pixels of the shorter side of full images; larger ones are resized. None for no bound.
         workers: Threads.
         max_corrupt: Share of the images that may be unreadable.
     """
@@ -86,7 +86,7 @@ class Decoded:
 
 def decode(source: ImageReader, row: int, job: DecodeJob) -> Decoded | str:
     """Reads an image, or says which one cannot be read and why."""
-    return _attempt(source, row, lambda image: _decode_square(image, job) if job.square else _decode_whole(image, job))
+    return _attempt(source, row, lambda image: _decode_square(image, job) if job.square else _decode_full(image, job))
 
 
 def decode_for_boxes(
@@ -146,7 +146,7 @@ def _decode_square(image: Any, job: DecodeJob) -> Decoded:
     return Decoded(_as_stored(pixels, job), pixels.shape[:2])
 
 
-def _decode_whole(image: Any, job: DecodeJob) -> Decoded:
+def _decode_full(image: Any, job: DecodeJob) -> Decoded:
     size = upright_size(image)
     pixels = _converted(image, job, None if job.bound is None else 2 * job.bound)
     original_size = size or pixels.shape[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -36,22 +37,29 @@ def load_tables(arguments: DataArguments) -> datasets.DatasetDict:
         InputError: The library cannot find or read the set.
     """
     folder = Path(arguments.dataset).expanduser()
-    try:
+    with loading(arguments.dataset):
         if is_saved(folder):
             loaded = datasets.load_from_disk(str(folder))
         else:
             path = str(folder) if folder.is_dir() else arguments.dataset
             loaded = datasets.load_dataset(path, arguments.dataset_config)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"data.dataset: cannot load {arguments.dataset!r}: {reason}") from error
     if isinstance(loaded, datasets.Dataset):
         return datasets.DatasetDict({arguments.train_split: loaded})
     return loaded
 
 
+@contextlib.contextmanager
+def loading(dataset: str) -> Iterator[None]:
+    """Turns the errors of the `datasets` library into one of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"data.dataset: cannot load {dataset!r}: {reason}") from error
+
+
 def is_saved(folder: Path) -> bool:
-    """Says whether `save_to_disk` wrote the folder."""
+    """Returns whether `save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
@@ -292,7 +300,7 @@ def open_table(
 
 @dataclass(frozen=True)
 class Places:
-    """Says in which row each image is, and which of the row's images it is.
+    """Names the row of each image, and its place in a row of several.
 
     Attributes:
         rows: Row of each image, ascending.
@@ -309,7 +317,7 @@ class Places:
         return int(i - np.searchsorted(self.rows, self.rows[i]))
 
     def __call__(self, i: int) -> str:
-        """Says where image i is."""
+        """Returns where image i is."""
         return f"row {self.rows[i]} of {self.of}" + (f", image {self.within(i)}" if self.in_lists else "")
 
 
@@ -359,7 +367,7 @@ class TableSource:
         return open_image(value)
 
     def describe(self, i: int) -> str:
-        """Says in which row image i is."""
+        """Returns the row of image i."""
         return self._places(i)
 
 

@@ -1,4 +1,4 @@
-"""The images of a run: whole, for views, and as the squares that an encoder gets in evaluation."""
+"""The images of a run: full, for views, and as the squares that an encoder gets in evaluation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, without_color
+from hf_ssl_or.data.callable_views import CallablePlan, CallableViewMaker, CallableViews, Failure
 from hf_ssl_or.data.decode import Decoded, DecodeJob, decode, decode_for_boxes, first_readable, note_unreadable
 from hf_ssl_or.data.in_memory import ListSource
-from hf_ssl_or.data.own_views import Failure, OwnPlan, OwnViewMaker, OwnViews
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
 from hf_ssl_or.data.sampling import Order, ShuffledOrder
 from hf_ssl_or.data.views import clean_views, crop_views, normalize_views, render_views, sample_parameters
@@ -52,14 +52,14 @@ class ImageSet:
     """Images of a run.
 
     Attributes:
-        job: Which images there are, and how whole ones are decoded.
+        job: Which images there are, and how full ones are decoded.
         labels: int64, (n,), or None for unlabeled images.
         class_names: Names of the labels, or None.
         preprocessing: What becomes of the pixels, mean and standard deviation included.
         name: What the user calls the data set.
-        whole_storage: Where whole images are kept.
+        full_storage: Where full images are kept.
         square_storage: Where squares are kept.
-        whole: The whole images, once they are decoded.
+        full: The full images, once they are decoded.
         squares: The squares, once they are decoded.
         left_out: Images of the source that could not be read when the set was loaded: row -> what is wrong.
         failures: Images of the set that could not be read later: row -> what is wrong.
@@ -70,9 +70,9 @@ class ImageSet:
     class_names: list[str] | None
     preprocessing: Preprocessing
     name: str
-    whole_storage: Storage = Storage("memory")
+    full_storage: Storage = Storage("memory")
     square_storage: Storage = Storage("memory")
-    whole: PixelStore | None = field(default=None, repr=False)
+    full: PixelStore | None = field(default=None, repr=False)
     squares: PixelStore | None = field(default=None, repr=False)
     left_out: dict[int, str] = field(default_factory=dict, repr=False)
     failures: dict[int, str] = field(default_factory=dict, repr=False)
@@ -98,7 +98,7 @@ class ImageSet:
             class_names: Names of the labels.
             name: Name of the set.
             preprocessing: What becomes of the pixels.
-            bound: Most pixels of the shorter side of whole images.
+            bound: Most pixels of the shorter side of full images.
             dtype: Type of the pixels.
         """
         source = ListSource(images, name=name)
@@ -134,7 +134,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def describe(self, i: int) -> str:
-        """Says where image i is: a path, or a row."""
+        """Returns where image i is: a path, or a row."""
         return self.job.source.describe(int(self.job.rows[i]))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -169,11 +169,11 @@ class ImageSet:
         return self.squares
 
     def _own_squares(self) -> PixelStore | None:
-        """Returns the whole images where they are such squares already, as small images often are."""
+        """Returns the full images where they are such squares already, as small images often are."""
         size = self.preprocessing.image_size
-        if self.whole is None or self.preprocessing.resize_to != size:
+        if self.full is None or self.preprocessing.resize_to != size:
             return None
-        return self.whole if self.whole.uniform_sizes == ((size, size), (size, size)) else None
+        return self.full if self.full.uniform_sizes == ((size, size), (size, size)) else None
 
     @property
     def square_job(self) -> DecodeJob:
@@ -193,8 +193,8 @@ class ImageSet:
         self.load_full()
         pixels = self._matrix_pixels(device)
         if pixels is not None:
-            assert self.whole is not None and self.whole.uniform_sizes is not None
-            stored, original = self.whole.uniform_sizes
+            assert self.full is not None and self.full.uniform_sizes is not None
+            stored, original = self.full.uniform_sizes
             for plan in plans:
                 images_BHWC = _select(pixels, plan.index_B, device)
                 sources = [images_BHWC] * len(plan.groups)
@@ -202,23 +202,23 @@ class ImageSet:
             return
         yield from self._views_of_crops(plans, device)
 
-    def own_views(
-        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    def callable_views(
+        self, plans: Iterable[CallablePlan], lists: Sequence[CallableViews], device: torch.device | str = "cpu"
     ) -> Iterator[Rendered]:
-        """Yields the views that own functions make, plan by plan, normalized: (V, B, C, h, w) for each list.
+        """Yields the views that callables make, plan by plan, normalized: (V, B, C, h, w) for each list.
 
-        Worker processes call the functions ahead of time, where these can travel to them.
+        Worker processes call them ahead of time, where they can be pickled.
 
         Raises:
-            InputError: A function fails, or does not return one view.
+            InputError: A callable fails, or does not return one view.
         """
-        maker = OwnViewMaker(self.job, self.load_full(), lists)
-        workers = None if all(own.travels for own in lists) else 0
+        maker = CallableViewMaker(self.job, self.load_full(), lists)
+        workers = None if all(views.picklable for views in lists) else 0
         for made, index_B in self._loader(plans, maker, device, workers=workers):
             yield self._normalized(made, device), index_B
 
     def _normalized(self, made: list[Tensor] | Failure, device: torch.device | str) -> list[Tensor]:
-        """Moves own views to the device and normalizes them."""
+        """Moves callable views to the device and normalizes them."""
         if isinstance(made, Failure):
             raise InputError(made.message) from made.cause
         return [normalize_views(x.to(device, non_blocking=True), self.preprocessing) for x in made]
@@ -235,24 +235,24 @@ class ImageSet:
         return tuple(specs) if self.preprocessing.num_channels == 3 else tuple(map(without_color, specs))
 
     def load_full(self) -> PixelStore | None:
-        """Decodes the whole images unless it is done; None if they are decoded each time."""
-        if self.whole is None and self.whole_storage.mode != "on_the_fly":
-            self.whole = _load(self.job, self.whole_storage)[0]
-        return self.whole
+        """Decodes the full images unless it is done; None if they are decoded each time."""
+        if self.full is None and self.full_storage.mode != "on_the_fly":
+            self.full = _load(self.job, self.full_storage)[0]
+        return self.full
 
     def _matrix_pixels(self, device: torch.device) -> Tensor | None:
         """Returns all images as one tensor, on the device if they fit, where matrices on it crop faster than PIL."""
         if device not in self._on_device:
-            sizes = self.whole.uniform_sizes if self.whole is not None else None
-            if self.whole is None or sizes is None or (device.type == "cpu" and max(sizes[0]) > _MATRIX_SIDE):
+            sizes = self.full.uniform_sizes if self.full is not None else None
+            if self.full is None or sizes is None or (device.type == "cpu" and max(sizes[0]) > _MATRIX_SIDE):
                 return None
-            pixels = self.whole.dense()
-            self._on_device[device] = pixels.to(device) if self.whole.nbytes <= _DEVICE_BYTES else pixels
+            pixels = self.full.dense()
+            self._on_device[device] = pixels.to(device) if self.full.nbytes <= _DEVICE_BYTES else pixels
         return self._on_device[device]
 
     def _views_of_crops(self, plans: Iterable[ViewPlan], device: torch.device) -> Iterator[Rendered]:
         """Yields views whose crops worker processes cut ahead of time; for a CPU they make all of the view."""
-        maker = _ViewMaker(self.job, self.whole, self.preprocessing if device.type == "cpu" else None)
+        maker = _ViewMaker(self.job, self.full, self.preprocessing if device.type == "cpu" else None)
         plans, ahead = (plans, plans) if isinstance(plans, list) else itertools.tee(plans)
         for plan, (groups, index_B) in zip(plans, self._loader(ahead, maker, device), strict=True):
             if device.type != "cpu":
@@ -290,7 +290,7 @@ class ImageSet:
             self,
             job=dataclasses.replace(self.job, rows=self.job.rows[index]),
             labels=None if self.labels is None else self.labels[torch.from_numpy(index)],
-            whole=None if self.whole is None else self.whole.select(index),
+            full=None if self.full is None else self.full.select(index),
             squares=None if self.squares is None else self.squares.select(index),
             square_storage=Storage("memory") if small else self.square_storage,
             _on_device={},
@@ -310,7 +310,7 @@ class ImageSet:
             self,
             job=job,
             preprocessing=preprocessing,
-            whole=self.whole if same_kind else None,
+            full=self.full if same_kind else None,
             squares=None,
             _on_device={},
         )
@@ -377,7 +377,7 @@ def render_groups(
     original_size: tuple[int, int] | None = None,
     stored_size: tuple[int, int] | None = None,
 ) -> list[Tensor]:
-    """Renders the groups of a plan, from whole images of one size, or from crops: see `render_views`."""
+    """Renders the groups of a plan, from full images of one size, or from crops: see `render_views`."""
     channels = preprocessing.num_channels
     return [
         render_views(
@@ -396,7 +396,7 @@ def render_groups(
 
 
 def _watched(loader: Iterable[Any]) -> Iterator[Any]:
-    """Says in one line that a worker died, which torch says in one of several errors."""
+    """Raises one error of one line where a worker died, which torch reports in several ways."""
     try:
         yield from loader
     except (RuntimeError, ConnectionError) as error:
@@ -452,16 +452,17 @@ class _ViewMaker(Dataset):
         one = ViewPlan(plan.index_B[b : b + 1], plan.groups)
         if self.store is not None:
             height, width = (int(side) for side in self.store.originals_N2[place])
-            _write_crops(cut(Decoded(self.store[place], (height, width)), self.job, one), b, outs)
+            write_crops(cut(Decoded(self.store[place], (height, width)), self.job, one), b, outs)
             return place
         crops, place = first_readable(
             self.job, place, lambda row: crop_file(row, self.job.source, self.job, one), failures
         )
-        _write_crops(crops, b, outs)
+        write_crops(crops, b, outs)
         return place
 
 
-def _write_crops(crops: list[np.ndarray], b: int, outs: list[Tensor]) -> None:
+def write_crops(crops: list[np.ndarray], b: int, outs: list[Tensor]) -> None:
+    """Writes the crops of one image to its place in those of a batch."""
     for out, crop in zip(outs, crops, strict=True):
         out.numpy()[:, b] = crop[:, 0]
 

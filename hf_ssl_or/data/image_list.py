@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Places:
-    """Says in which row of a list each image is; a class, because other processes get it."""
+    """Names the row of a list that an image is in; a class, because other processes get it."""
 
     file: str
     rows: list[int]

@@ -58,7 +58,7 @@ class ListSource:
         return open_image(image) if isinstance(image, str | os.PathLike | bytes) else image
 
     def describe(self, i: int) -> str:
-        """Says which image i is."""
+        """Returns what messages call image i."""
         image = self._images[i]
         path = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
         return f"image {i} of {self.name}{path}"

@@ -80,7 +80,7 @@ def read_stream(dataset: Any, arguments: DataArguments, num_channels: int) -> Ta
 
 
 def _is_endless(examples: Any) -> bool:
-    """Says whether an iterable repeats for ever and nothing after that takes a number of its examples."""
+    """Returns whether an iterable repeats for ever and nothing after that takes a number of its examples."""
     while examples is not None and not isinstance(examples, iterable_dataset.TakeExamplesIterable):
         if isinstance(examples, iterable_dataset.RepeatExamplesIterable) and examples.num_times is None:
             return True

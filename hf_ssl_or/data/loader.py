@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, check_channels
+from hf_ssl_or.data.callable_views import CallablePlan, CallableViews
 from hf_ssl_or.data.image_dataset import ImageSet
-from hf_ssl_or.data.own_views import OwnPlan, OwnViews
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -31,7 +31,7 @@ class ViewLoader:
 
     Args:
         images: The set.
-        views: Global views, at least one: specs, or functions that make a view of an image, see `own_views`.
+        views: Global views, at least one: specs, or callables, see `callable_views`.
         local_views: Smaller views, likewise, or none.
         batch_size: Images per step over all processes.
         seed: Seed of the run.
@@ -46,7 +46,7 @@ class ViewLoader:
 
     Raises:
         InputError: The batch does not fit the set or the processes, there is no view, one needs other channels, or a
-            function makes something else than one view of an image.
+            callable returns something else than one view of an image.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ViewLoader:
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self._lists = lists
-        self._own = [_own_views(views, images, seed) for views in lists if views.functions]
+        self._callables = [_callable_views(views, images, seed) for views in lists if views.functions]
         self._order = images.order(batch_size, seed)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.wait_s = 0.0
@@ -98,7 +98,7 @@ class ViewLoader:
     def _render(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         steps = range(start_step, stop_step)
         plans = map(self._plan, steps)
-        rendered = self._with_own(steps) if self._own else self.images.views(plans, self.device)
+        rendered = self._with_callables(steps) if self._callables else self.images.views(plans, self.device)
         for step, (views, index_B) in zip(steps, rendered, strict=True):
             yield self._batch(step, views, index_B)
 
@@ -113,17 +113,17 @@ class ViewLoader:
             ),
         )
 
-    def _with_own(self, steps: range) -> Iterator[tuple[list[Tensor], np.ndarray]]:
-        """Yields views of which functions make some: these come first, then those of specs, of the same images."""
-        own_plans = (OwnPlan(self.indices(step), step // self.steps_per_epoch) for step in steps)
-        own = self.images.own_views(own_plans, self._own, self.device)
+    def _with_callables(self, steps: range) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """Yields views of which callables return some: these come first, then those of specs, of the same images."""
+        callable_plans = (CallablePlan(self.indices(step), step // self.steps_per_epoch) for step in steps)
+        called = self.images.callable_views(callable_plans, self._callables, self.device)
         if not any(views.specs for views in self._lists):
-            yield from own
+            yield from called
             return
         waiting: deque[list[Tensor]] = deque()
 
         def plans() -> Iterator[ViewPlan]:
-            for step, (made, index_B) in zip(steps, own, strict=True):
+            for step, (made, index_B) in zip(steps, called, strict=True):
                 waiting.append(made)
                 yield replace(self._plan(step), index_B=index_B)
 
@@ -159,7 +159,7 @@ class ViewLoader:
 
 
 class _ViewList:
-    """Views of one size, in order: which are specs, which are functions.
+    """Views of one size, in order: which are specs, which are callables.
 
     Args:
         views: The views.
@@ -172,19 +172,19 @@ class _ViewList:
         self.functions = {i: view for i, view in enumerate(views, start=first) if not isinstance(view, ViewSpec)}
         for i, view in self.functions.items():
             if not callable(view):
-                raise InputError(f"views: view {i} is a {type(view).__name__}; give a ViewSpec, or a function")
+                raise InputError(f"views: view {i} is a {type(view).__name__}; give a ViewSpec, or a callable")
 
     def joined(self, specs: Iterator[Tensor], made: Iterator[Tensor]) -> Tensor:
-        """Takes the list's views from those of specs and those of functions, (V, B, C, H, W) each, in its order."""
+        """Takes the list's views from those of specs and those of callables, (V, B, C, H, W) each, in its order."""
         if not self.functions or not self.specs:
             return next(specs if self.specs else made)
         parts = {True: iter(next(specs)), False: iter(next(made))}
         return torch.stack([next(parts[is_spec]) for is_spec in self._are_specs])
 
 
-def _own_views(views: _ViewList, images: ImageSet, seed: int) -> OwnViews:
-    """Tries the functions of a list on an image."""
-    own = OwnViews(
+def _callable_views(views: _ViewList, images: ImageSet, seed: int) -> CallableViews:
+    """Tries the callables of a list on an image."""
+    called = CallableViews(
         list(views.functions.values()),
         list(views.functions),
         seed=seed,
@@ -193,12 +193,12 @@ def _own_views(views: _ViewList, images: ImageSet, seed: int) -> OwnViews:
     )
     if views.specs:
         size = views.specs[0].size or images.image_size
-        if own.size != (size, size):
+        if called.size != (size, size):
             raise InputError(
-                f"views: functions make views of {own.size[0]} x {own.size[1]} pixels, specs of {size} x {size}; all "
-                "views of a list have one size"
+                f"views: callables return views of {called.size[0]} x {called.size[1]} pixels, specs of {size} x "
+                f"{size}; all views of a list have one size"
             )
-    return own
+    return called
 
 
 def _hand_over(batch: MultiViewBatch, done: torch.cuda.Event, stream: torch.cuda.Stream) -> MultiViewBatch:

@@ -89,22 +89,22 @@ def load_images(
         class_names=source.class_names,
         preprocessing=preprocessing,
         name=name,
-        whole_storage=_whole_storage(arguments, job, kind),
+        full_storage=_full_storage(arguments, job, kind),
         square_storage=_storage(arguments, _square_bytes(job)),
     )
     store, tally = _first_pass(images, arguments, squares=squares)
     return _readable(images, source, store, tally, squares=squares, measure=like is None and arguments.mean is None)
 
 
-def _whole_bytes(job: DecodeJob, kind: PixelKind) -> int:
-    """Estimates the bytes of the whole images."""
+def _full_bytes(job: DecodeJob, kind: PixelKind) -> int:
+    """Estimates the bytes of the full images."""
     height, width = kind.median_size
     shrink = 1.0 if job.bound is None else min(1.0, job.bound / min(height, width))
     return int(len(job.rows) * height * width * shrink**2) * _pixel_bytes(job)
 
 
-def _whole_storage(arguments: DataArguments, job: DecodeJob, kind: PixelKind) -> Storage:
-    """Decides where whole images are kept.
+def _full_storage(arguments: DataArguments, job: DecodeJob, kind: PixelKind) -> Storage:
+    """Decides where full images are kept.
 
     Large ones that no bound makes smaller are kept nowhere: to decode a JPEG as small as its crops allow costs less
     than to crop it at its full size.
@@ -112,7 +112,7 @@ def _whole_storage(arguments: DataArguments, job: DecodeJob, kind: PixelKind) ->
     large = max(_LARGE_SIDE, 2 * default_bound(job.preprocessing.image_size))
     if arguments.cache == "none" and min(kind.median_size) > large:
         return Storage("on_the_fly")
-    return _storage(arguments, _whole_bytes(job, kind))
+    return _storage(arguments, _full_bytes(job, kind))
 
 
 def _square_bytes(job: DecodeJob) -> int:
@@ -135,7 +135,7 @@ def _storage(arguments: DataArguments, nbytes: int) -> Storage:
 def _first_pass(images: ImageSet, arguments: DataArguments, *, squares: bool) -> tuple[PixelStore, Tally]:
     """Decodes all images once and stores them; of those that are decoded in each step it finds what can be read."""
     job = images.square_job if squares else images.job
-    storage = images.square_storage if squares else images.whole_storage
+    storage = images.square_storage if squares else images.full_storage
     if storage.mode == "memory":
         return decode_to_memory(job)
     if storage.mode == "disk":
@@ -160,7 +160,7 @@ def _readable(
         job=replace(images.job, rows=rows),
         labels=None if source.labels is None else torch.from_numpy(source.labels[rows]),
         preprocessing=preprocessing,
-        whole=None if squares else kept,
+        full=None if squares else kept,
         squares=kept if squares else None,
         left_out=left_out,
     )
@@ -175,13 +175,13 @@ def public_name(name: str) -> str:
 
 
 def describe_images(images: ImageSet) -> list[str]:
-    """Says in a few lines what the images of a run are and how they are stored."""
-    p, bound, store = images.preprocessing, images.job.bound, images.whole
+    """Returns a few lines on what the images of a run are and how they are stored."""
+    p, bound, store = images.preprocessing, images.job.bound, images.full
     kind = "8 bits" if p.eight_bit and p.value_range == (0, 255) else images.job.dtype
     values = "each type's own range" if p.value_range == "dtype" else f"values from {p.value_range[0]:g} to "
     values += "" if p.value_range == "dtype" else f"{p.value_range[1]:g}"
     limit = "at their own size" if bound is None else f"shorter side of at most {bound} pixels (data.cache_size)"
-    mode = images.whole_storage.mode
+    mode = images.full_storage.mode
     where = {"memory": "in memory", "disk": "in a file", "on_the_fly": "nowhere; decoded in each step"}[mode]
     amount = "" if store is None else f", {store.nbytes / 2**20:,.0f} MiB"
     channels = f"{p.num_channels} channel{'s' * (p.num_channels > 1)}"

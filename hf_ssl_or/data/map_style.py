@@ -128,7 +128,7 @@ class MapSource:
         return open_image(image) if isinstance(image, str | os.PathLike | bytes) else image
 
     def describe(self, i: int) -> str:
-        """Says which item i is."""
+        """Returns what messages call item i."""
         return f"item {i} of {self.name}"
 
     def _read_all(self) -> tuple[list[bytes], list[Any]]:

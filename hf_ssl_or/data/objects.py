@@ -90,16 +90,17 @@ def load_eval_object(
         dataset: A tuple (train, test) of what `load_dataset_object` takes; something with splits, of which the test
             split, or else the validation split, is taken; or one set. Without a test split, a share of the images
             (`data.holdout`), chosen class by class by a seed, is tested on.
-        arguments: Settings of the data; all images are used, whatever the `fraction`.
+        arguments: Settings of the data; all images are used, whatever the `fraction`, and none is streamed.
         num_channels: Channels that the encoder takes.
         like: How pixels are treated; None measures it on the training images.
 
     Raises:
         InputError: There are no labels, or too few images to hold some out.
     """
-    arguments = replace(arguments, fraction=1.0)
-    train_split, test_split = arguments.train_split, _test_split(dataset, arguments)
-    pair = dataset if isinstance(dataset, tuple) and len(dataset) == 2 else (dataset, dataset)
+    arguments = replace(arguments, fraction=1.0, streaming=False)
+    is_pair = isinstance(dataset, tuple) and len(dataset) == 2
+    train_part, test_part = dataset if is_pair else (dataset, dataset)
+    train_split, test_split = arguments.train_split, _test_split(test_part, arguments)
 
     def load(part: Any, split: str, preprocessing: Preprocessing | None) -> ImageSet:
         images = load_dataset_object(
@@ -109,10 +110,10 @@ def load_eval_object(
             raise InputError(f"{images.name}: has no labels, or not for every image, which kNN and probes need")
         return images
 
-    train = load(pair[0], train_split, like)
-    if pair[0] is pair[1] and test_split is None:
+    train = load(train_part, train_split, like)
+    if test_split is None and not is_pair:
         return _held_out(train, float(arguments.holdout))
-    test = load(pair[1], test_split or arguments.test_split, train.preprocessing)
+    test = load(test_part, test_split or train_split, train.preprocessing)
     return train, same_labels(train, test)
 
 
@@ -190,7 +191,7 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
 
 
 def _is_plain_folder(dataset: Any) -> bool:
-    """Says whether it is torchvision's folder of images without transforms: its files can be read here, faster."""
+    """Returns whether it is torchvision's folder of images without transforms: its files can be read here, faster."""
     folder = sys.modules.get("torchvision.datasets.folder")
     return (
         folder is not None

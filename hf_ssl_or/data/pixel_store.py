@@ -117,7 +117,7 @@ def decode_to_disk(job: DecodeJob, folder: Path, *, keep_pixels: bool = True) ->
         InputError: Too many images cannot be read, or the file cannot be written.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.source.name).strip("-.")[-60:]
-    kind = "square" if job.square else "whole" if keep_pixels else "checked"
+    kind = "square" if job.square else "full" if keep_pixels else "checked"
     data = folder / f"{name}-{kind}-{job.key()}.{job.dtype}"
     tally = _read_tally(data, job, keep_pixels)
     if tally is None:
@@ -179,15 +179,15 @@ def _digest(note: dict[str, Any]) -> str:
 def _write(job: DecodeJob, data: Path, keep_pixels: bool) -> Tally:
     """Writes the images, then their sizes and what was counted: a `.json` file says that all is complete."""
     tally, sizes, length = Tally(), _Sizes(), 0
-    with _replacing(data) if keep_pixels else contextlib.nullcontext() as file:
+    with replacing(data) if keep_pixels else contextlib.nullcontext() as file:
         for images in decode_all(job, tally):
             sizes.add(images)
             for image in images if file is not None else ():
                 length += cast(BinaryIO, file).write(np.ascontiguousarray(image.pixels).data.cast("B"))
     both_N4 = np.concatenate(sizes.arrays(), axis=1)
-    with _replacing(_sizes_path(data)) as file:
+    with replacing(_sizes_path(data)) as file:
         file.write(both_N4.tobytes())
-    with _replacing(data.with_suffix(".json")) as file:
+    with replacing(data.with_suffix(".json")) as file:
         note = asdict(tally)
         lengths = {"sizes_bytes": both_N4.nbytes, "data_bytes": length}
         file.write(json.dumps({"sha256": _digest(note), **lengths, **note}).encode())
@@ -195,7 +195,7 @@ def _write(job: DecodeJob, data: Path, keep_pixels: bool) -> Tally:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file of a unique name and renames it at the end: readers see all or nothing, whoever else writes."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:

@@ -46,7 +46,7 @@ class RemoteFile:
         http = {"client_kwargs": {"timeout": _TIMEOUT, "trust_env": True}} if url.startswith("http") else {}
         self._system, self._path = fsspec.url_to_fs(url, **http)
         self.is_local = isinstance(self._system, fsspec.implementations.local.LocalFileSystem)
-        self.size, self.tag = self._look()
+        self.size, self.tag = self._state()
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class RemoteFile:
         Raises:
             InputError: It is not.
         """
-        size, tag = self._look()
+        size, tag = self._state()
         if (size, tag) != (self.size, self.tag):
             what = f"it had {self.size} bytes, has {size}" if size != self.size else "its content is not the same"
             raise InputError(
@@ -88,7 +88,7 @@ class RemoteFile:
             raise ConnectionError(f"{stop - start} bytes were asked for, {len(content)} came")
         return content
 
-    def _look(self) -> tuple[int, str]:
+    def _state(self) -> tuple[int, str]:
         info = self._persist(lambda: self._system.info(self._path))
         if info.get("size") is None:
             raise InputError(f"data.dataset: the server of {self.name} does not say how large it is; copy the files")
@@ -122,7 +122,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Says what a final failure is; None for one that may pass."""
+    """Returns the words for a final failure; None for one that may pass."""
     if isinstance(error, aiohttp.ClientResponseError):
         status = error.status
     elif isinstance(error, HfHubHTTPError):

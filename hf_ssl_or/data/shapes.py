@@ -1,4 +1,4 @@
-"""A built-in image set: ten shapes in any pose, color and light, drawn by formula, so that nothing is downloaded.
+"""A built-in image set: ten shapes in any pose, color and light, rendered by formula, so that nothing is downloaded.
 
 The class is in the outline alone. Everything else is nuisance: pixels hardly tell the class (nearest neighbors on raw
 pixels fail), but an encoder that learns what crops, flips and color changes of an image share finds it. Each shape is
@@ -23,9 +23,9 @@ GRADIENT = 0.06  # change of the background's light across the image
 TEXTURE = 0.03  # amplitude of stripes, of their own in shape and background
 TEXTURE_PERIOD = (0.12, 0.4)
 NOISE = 0.03  # standard deviation per pixel
-SPAN = 0.75  # share of the range that the image is drawn in at last, so that few colors are cut off
+SPAN = 0.75  # share of the range that the image is rendered in at last, so that few colors are cut off
 
-_BLOCK = 500  # images drawn together
+_BLOCK = 500  # images rendered together
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -41,7 +41,7 @@ class ShapesSource:
 
     def __init__(self, n: int, seed: int, size: int = 32) -> None:
         self.name, self.fingerprint = "shapes", f"shapes-2/{seed}/{n}/{size}"
-        blocks = [_draw_block(seed, block, size) for block in range(-(-n // _BLOCK))]
+        blocks = [_render_block(seed, block, size) for block in range(-(-n // _BLOCK))]
         self._images_NHW3 = np.concatenate([images for images, _ in blocks])[:n]
         self.labels: np.ndarray | None = np.concatenate([labels for _, labels in blocks])[:n]
         self.class_names: list[str] | None = list(SHAPES)
@@ -54,26 +54,26 @@ class ShapesSource:
         return self._images_NHW3[i]
 
     def describe(self, i: int) -> str:
-        """Says which image i is."""
+        """Returns what messages call image i."""
         return f"image {i} of the built-in shapes"
 
 
-def _draw_block(seed: int, block: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _render_block(seed: int, block: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.Generator(np.random.Philox(hashed_seed("shapes", seed, block)))
     labels_N = rng.permutation(_BLOCK) % len(SHAPES)
-    inside_NHW = _draw_outlines(rng, labels_N, size)[..., None]
-    back_N3, fore_N3 = _draw_colors(rng)
-    light_NHW = _draw_waves(rng, size, (1.5, 3.0))  # less than a period: a gradient
+    inside_NHW = _render_outlines(rng, labels_N, size)[..., None]
+    back_N3, fore_N3 = _sample_colors(rng)
+    light_NHW = _render_waves(rng, size, (1.5, 3.0))  # less than a period: a gradient
     back = back_N3[:, None, None] + GRADIENT * light_NHW[..., None]
-    back = back + TEXTURE * _draw_waves(rng, size, TEXTURE_PERIOD)[..., None]
-    fore = fore_N3[:, None, None] + TEXTURE * _draw_waves(rng, size, TEXTURE_PERIOD)[..., None]
+    back = back + TEXTURE * _render_waves(rng, size, TEXTURE_PERIOD)[..., None]
+    fore = fore_N3[:, None, None] + TEXTURE * _render_waves(rng, size, TEXTURE_PERIOD)[..., None]
     images = back + inside_NHW * (fore - back)
     images += NOISE * rng.standard_normal(images.shape, dtype=np.float32)
     images = 0.5 + SPAN * (images - 0.5)
     return (images * 255).round().clip(0, 255).astype(np.uint8), labels_N.astype(np.int64)
 
 
-def _draw_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) -> np.ndarray:
+def _render_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) -> np.ndarray:
     """Returns the share of each pixel that is inside its image's shape, (N, H, W)."""
     n = len(labels_N)
     angle, radius = rng.uniform(0, 2 * np.pi, n), rng.uniform(*RADIUS, n)
@@ -91,8 +91,8 @@ def _draw_outlines(rng: np.random.Generator, labels_N: np.ndarray, size: int) ->
     return inside
 
 
-def _draw_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws background and shape colors that differ in gray by a wanted contrast, either way: (N, 3) each."""
+def _sample_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Samples background and shape colors that differ in gray by a wanted contrast, either way: (N, 3) each."""
     contrast = rng.uniform(*CONTRAST, (_BLOCK, 1))
     dark = rng.uniform(0.1, 0.9 - contrast)
     swap = rng.random((_BLOCK, 1)) < 0.5
@@ -101,8 +101,8 @@ def _draw_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return (back + tints[0]).astype(np.float32), (fore + tints[1]).astype(np.float32)
 
 
-def _draw_waves(rng: np.random.Generator, size: int, period: tuple[float, float]) -> np.ndarray:
-    """Draws a plane wave per image, in any direction, values in [-1, 1]: (N, H, W)."""
+def _render_waves(rng: np.random.Generator, size: int, period: tuple[float, float]) -> np.ndarray:
+    """Renders a plane wave per image, in any direction, values in [-1, 1]: (N, H, W)."""
     angle, phase = rng.uniform(0, 2 * np.pi, (2, _BLOCK, 1, 1)).astype(np.float32)
     turns = (2 * np.pi / rng.uniform(*period, (_BLOCK, 1, 1))).astype(np.float32)
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size

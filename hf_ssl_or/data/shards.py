@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
 import logging
 import os
-import sys
 import tarfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,15 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.decode import progress_bar
 from hf_ssl_or.data.hf_dataset import find_image_column
 from hf_ssl_or.data.image_files import extension, image_extensions
+from hf_ssl_or.data.pixel_store import replacing
 from hf_ssl_or.data.remote import RemoteFile
 from hf_ssl_or.data.webdataset import choose_image, is_visible_file, sample_and_field
-from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import open_image
 
@@ -85,11 +81,11 @@ class DamagedBlock:
         self._name, self._reason = name, reason
 
     def read(self, i: int) -> Image.Image | np.ndarray:
-        """Says why there is no image."""
+        """Raises what is wrong with the block."""
         raise ValueError(self._reason)
 
     def describe(self, i: int) -> str:
-        """Says which block is damaged."""
+        """Returns the place of the damaged block."""
         return self._name
 
 
@@ -124,7 +120,7 @@ class Shards:
         return int(self.first_K[-1] + self.rows_K[-1])
 
     def block_of(self, rows: np.ndarray) -> np.ndarray:
-        """Says in which blocks rows are."""
+        """Returns the blocks of rows."""
         return np.searchsorted(self.first_K, rows, side="right") - 1
 
     def open(self, block: int) -> OpenBlock | DamagedBlock:
@@ -161,17 +157,12 @@ def index_shards(urls: Sequence[str], arguments: DataArguments, name: str) -> Sh
     Raises:
         InputError: A shard is not there, or more than allowed cannot be read, or they hold no images.
     """
-    hidden = rank() > 0 or not sys.stderr.isatty()
-    bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
-    with ThreadPoolExecutor(_CONNECTIONS) as pool, bar:
+    found = []
+    with ThreadPoolExecutor(_CONNECTIONS) as pool, progress_bar(f"indexing {name}", len(urls)) as advance:
         try:
-            found = list(
-                bar.track(
-                    pool.map(lambda url: _look_up(RemoteFile(url), arguments), urls),
-                    total=len(urls),
-                    description=f"indexing {name}",
-                )
-            )
+            for one in pool.map(lambda url: _find_index(RemoteFile(url), arguments), urls):
+                found.append(one)
+                advance(1)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -187,7 +178,7 @@ def index_shards(urls: Sequence[str], arguments: DataArguments, name: str) -> Sh
     return Shards(name, [file for file, _ in sound], [index for _, index in sound])
 
 
-def _look_up(file: RemoteFile, arguments: DataArguments) -> tuple[RemoteFile, ShardIndex | str]:
+def _find_index(file: RemoteFile, arguments: DataArguments) -> tuple[RemoteFile, ShardIndex | str]:
     """Returns a shard's index, or what is wrong with the shard."""
     key = f"{_LAYOUT}/{file.url}/{file.size}/{file.tag}/{arguments.image_column}"
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
@@ -210,14 +201,11 @@ def write_json(path: Path, content: str) -> None:
     Raises:
         InputError: The folder cannot be written.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content)
-        os.replace(part, path)
+        with replacing(path) as file:
+            file.write(content.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise InputError(f"data.cache_dir: cannot write to {path.parent} ({error.strerror}); name another") from error
 
 

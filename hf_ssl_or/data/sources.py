@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.hf_dataset import is_saved, load_tables, open_table
+from hf_ssl_or.data.hf_dataset import is_saved, load_tables, loading, open_table
 from hf_ssl_or.data.image_files import extension
 from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
 from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
@@ -36,7 +36,7 @@ class ImageReader(Protocol):
         ...
 
     def describe(self, i: int) -> str:
-        """Says where image i is, for messages."""
+        """Returns where image i is, for messages."""
         ...
 
 
@@ -211,10 +211,7 @@ def _resolved_files(arguments: DataArguments, split: str) -> list[str]:
     kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
     if kind in ("shapes", "list", "glob") or is_saved(folder):
         raise InputError(f"data.streaming: {arguments.dataset} is not made of shards; leave out data.streaming")
-    try:
+    with loading(arguments.dataset):
         path = str(folder) if folder.is_dir() else arguments.dataset
         files = datasets.load_dataset_builder(path, arguments.dataset_config).config.data_files or {}
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"data.dataset: cannot load {arguments.dataset!r}: {reason}") from error
     return list(files[_known_split(arguments, split, list(files))])

@@ -25,7 +25,7 @@ def splits_in(name: str) -> frozenset[str]:
     and the signs "-._ ".
     """
     name = name.lower()
-    # The edge before a word is looked at last: millions of names are searched, and most have no word.
+    # The edge before a word is checked last: millions of names are searched, and most have no word.
     found = [word for word in _PATTERN.finditer(name) if not word.start() or name[word.start() - 1] in _EDGES]
     return frozenset(_WORDS[word[1]] for word in found) if found else _NONE
 

@@ -19,9 +19,17 @@ from torch import Tensor
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import ViewPlan
+from hf_ssl_or.data.callable_views import CallablePlan, CallableViews, render_all
 from hf_ssl_or.data.decode import DecodeJob, Statistics, Tally, decode, note_unreadable, too_many_unreadable
-from hf_ssl_or.data.image_dataset import ImageSet, Rendered, Storage, crop_file, empty_crops, render_groups
-from hf_ssl_or.data.own_views import OwnPlan, OwnViews, render_all
+from hf_ssl_or.data.image_dataset import (
+    ImageSet,
+    Rendered,
+    Storage,
+    crop_file,
+    empty_crops,
+    render_groups,
+    write_crops,
+)
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
     default_bound,
@@ -40,7 +48,7 @@ from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.randomness import keyed_permutation
 
 _CONNECTIONS = 8  # blocks that are read at a time
-_ROWS_AHEAD = 2**18  # places of the order that are looked at ahead, at most
+_ROWS_AHEAD = 2**18  # places of the order that are planned ahead, at most
 _BATCHES_AHEAD = 3  # batches that are decoded at a time
 _TASK = 16  # images that a thread decodes at a time
 _SAMPLE, _SAMPLE_BLOCKS = 4096, 32  # images that the statistics are measured on; blocks that a sample spreads over
@@ -53,7 +61,7 @@ Fill = Callable[[int, Reader, int], str | None]
 class BlockBuffer:
     """Opens blocks in threads before they are needed, and lets go of each after its last use in sight.
 
-    It looks along the coming batches as far as their blocks fit into the budget. Only a batch that needs more than the
+    It opens those of the coming batches as far as they fit into the budget. Only a batch that needs more than the
     budget by itself exceeds it.
 
     Args:
@@ -77,7 +85,7 @@ class BlockBuffer:
 
     def take(self) -> tuple[np.ndarray, dict[int, Future[Reader]]] | None:
         """Returns the next batch's rows and blocks; None at the end, or until a batch is released."""
-        self._look_ahead()
+        self._open_ahead()
         if not self._waiting:
             return None
         index_B, blocks = self._waiting.popleft()
@@ -91,13 +99,13 @@ class BlockBuffer:
             if not self._uses[block]:
                 del self._readers[block], self._uses[block]
                 self.held -= int(self._shards.nbytes_K[block])
-        self._look_ahead()
+        self._open_ahead()
 
     def close(self) -> None:
         """Opens nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _look_ahead(self) -> None:
+    def _open_ahead(self) -> None:
         while self._rows_ahead < _ROWS_AHEAD:
             if self._next is None:
                 self._next = next(self._coming, None)
@@ -141,7 +149,7 @@ class ShardRows:
         return reader.read(place)
 
     def describe(self, i: int) -> str:
-        """Says where image i is."""
+        """Returns where image i is."""
         reader, place = self._at(i)
         return reader.describe(place)
 
@@ -197,9 +205,7 @@ class StreamingImageSet(ImageSet):
         )
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageSet) if field.init}
         storage = Storage("memory")
-        images = ImageSet(
-            **known | {"job": job, "whole_storage": storage, "square_storage": storage, "_on_device": {}}
-        )
+        images = ImageSet(**known | {"job": job, "full_storage": storage, "square_storage": storage, "_on_device": {}})
         images.squares, tally = decode_to_memory(images.square_job)
         rows = np.delete(job.rows, [int(place) for place in tally.unreadable])
         images.job = dataclasses.replace(job, rows=rows)
@@ -244,20 +250,19 @@ class StreamingImageSet(ImageSet):
                 crops = crop_file(place, reader, self.job, one)
                 if isinstance(crops, str):
                     return crops
-                for out, crop in zip(outs, crops, strict=True):
-                    out.numpy()[:, b] = crop[:, 0]
+                write_crops(crops, b, outs)
                 return None
 
             return (outs, plan.index_B), fill
 
         yield from self._decode(plans, lambda plan: plan.index_B, begin)
 
-    def own_views(
-        self, plans: Iterable[OwnPlan], lists: Sequence[OwnViews], device: torch.device | str = "cpu"
+    def callable_views(
+        self, plans: Iterable[CallablePlan], lists: Sequence[CallableViews], device: torch.device | str = "cpu"
     ) -> Iterator[Rendered]:
-        """Yields the views that own functions make; they are called in this process, which owns its random states."""
+        """Yields the views that callables return; they are called in this process, which owns its random states."""
 
-        def begin(plan: OwnPlan) -> tuple[tuple[list[Any], OwnPlan], Fill]:
+        def begin(plan: CallablePlan) -> tuple[tuple[list[Any], CallablePlan], Fill]:
             images: list[Any] = [None] * len(plan.index_B)
 
             def fill(b: int, reader: Reader, place: int) -> str | None:
@@ -401,7 +406,7 @@ def _image_set(
         class_names=None,
         preprocessing=preprocessing,
         name=shards.name,
-        whole_storage=nowhere,
+        full_storage=nowhere,
         square_storage=nowhere,
         shards=shards,
         arguments=arguments,

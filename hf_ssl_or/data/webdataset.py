@@ -60,12 +60,12 @@ def sample_and_field(path: str) -> tuple[str, str]:
 
 
 def is_visible_file(member: tarfile.TarInfo) -> bool:
-    """Says whether a member of a tar file is a file that is not hidden."""
+    """Returns whether a member of a tar file is a file that is not hidden."""
     return member.isfile() and not os.path.basename(member.name).startswith(".")
 
 
 def choose_image(paths: Sequence[str], wanted: str | None, shard: str) -> int | None:
-    """Says which image of one sample is read; None if the wanted field is not among them.
+    """Returns which image of one sample is read; None if the wanted field is not among them.
 
     Args:
         paths: Paths of the images of a sample, at least one, in the order of the file.
@@ -128,7 +128,7 @@ class TarSource:
             return open_image(file.read(size))
 
     def describe(self, i: int) -> str:
-        """Says in which shard image i is, and its name there."""
+        """Returns the shard of image i, and its name there."""
         shard, _, _, name = self._members[i]
         return f"{name} in {self._shards[shard]}"
 

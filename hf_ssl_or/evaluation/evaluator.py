@@ -83,7 +83,7 @@ def evaluate_encoder(
 
     Returns:
         `evaluations`, a list of {protocol, protocol_hash, settings, seeds, headline,
-        greater_is_better, metrics, data}, with each metric
+        metrics, data}, with each metric
         {mean, std, values} over the seeds (std is None for one), and `collapse`, the `collapse_report` of the training
         images' clean views.
 
@@ -217,15 +217,15 @@ def _entry(protocol: Protocol, runs: list[dict[str, float]], seeds: Sequence[int
         values = [run[name] for run in runs]
         std = statistics.stdev(values) if len(values) > 1 else None
         metrics[name] = {"mean": statistics.fmean(values), "std": std, "values": values}
-    return {
+    entry = {
         "protocol": protocol.name,
         "protocol_hash": protocol.hash,
         "settings": protocol.settings(),
         "seeds": list(seeds) if protocol.seeded else [],
         "headline": protocol.primary_metric,
-        "greater_is_better": protocol.greater_is_better,
         "metrics": metrics,
     }
+    return entry if protocol.greater_is_better else entry | {"greater_is_better": False}
 
 
 def _sample(n: int, limit: int) -> np.ndarray:

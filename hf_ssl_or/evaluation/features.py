@@ -56,7 +56,8 @@ def extract_features(
         (n, F) float32 on the CPU.
 
     Raises:
-        InputError: The set is empty, augmented views are not described, or features are NaN or infinite.
+        InputError: The set is empty, augmented views are not described, the encoder's output has no features, or they
+            are NaN or infinite.
     """
     if not len(images):
         raise InputError(f"{images.name}: no images to encode")
@@ -72,10 +73,10 @@ def extract_features(
         augmented = images.views(_plans(shares, images.suited(views), num_views - 1, seed, images.image_size), device)
         batches = images.clean(shares, device)
         for x_BCHW in bar.track(batches, total=len(shares), description=f"encoding {images.name}"):
-            total_BF = encoder(x_BCHW).pooler_output.float()
+            total_BF = encode(encoder, x_BCHW).float()
             for _ in range(num_views - 1):  # one view at a time bounds the memory
                 (views_1BCHW,), _ = next(augmented)
-                total_BF = total_BF + encoder(views_1BCHW[0]).pooler_output.float()
+                total_BF = total_BF + encode(encoder, views_1BCHW[0]).float()
             parts.append(gather_batch(total_BF / num_views).cpu())
     features_NF = torch.cat(parts)[: len(images)]  # without what fills up the last share
     bad = int((~features_NF.isfinite()).any(1).sum())
@@ -84,6 +85,21 @@ def extract_features(
             f"{images.name}: the encoder's features are NaN or infinite for {bad} of {len(images)} images"
         )
     return features_NF
+
+
+def encode(encoder: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """Returns the features (B, F) of a batch of normalized images.
+
+    Raises:
+        InputError: The encoder's output has none.
+    """
+    features_BF = getattr(encoder(x_BCHW), "pooler_output", None)
+    if not isinstance(features_BF, Tensor) or features_BF.ndim != 2:
+        raise InputError(
+            f"a {type(encoder).__name__} returns no pooler_output (images, features); make an encoder of it: "
+            "hf_ssl_or.models.adapters.adapt_encoder(module)"
+        )
+    return features_BF
 
 
 def _plans(

@@ -237,7 +237,7 @@ class SSLMethod(nn.Module):
             self.chunks, self.images_together = chunks, together
         if recompute_blocks or (chunks > 1 and together is None):
             try:
-                self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+                self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             except (AttributeError, ValueError) as error:
                 key, off = ("gradient_checkpointing", "false") if recompute_blocks else ("forward_chunks", "1")
                 why = "" if recompute_blocks else ", which its batch statistics need here"

@@ -1,4 +1,4 @@
-"""The momentum teacher: a slow copy of the student, which learns from its projections."""
+"""The momentum teacher: a slow copy of the student, whose projections are the student's targets."""
 
 from __future__ import annotations
 

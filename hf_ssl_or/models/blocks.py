@@ -18,19 +18,20 @@ _FEWEST_LAYERS = 3  # a convolution with its norm is no block
 def block_names(net: nn.Module, run: Callable[[], object]) -> list[str]:
     """Finds the blocks of a net: the smallest entries of its lists that hold several layers and are called as one.
 
+    A list is a container of torch, or several children of one class.
+
     Args:
         net: Any net.
         run: A forward of the net. What it does not call exactly once is no block: another module uses its parts.
     """
     entries: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
-        if isinstance(module, _CONTAINERS):
-            entries |= {f"{name}.{key}".lstrip("."): child for key, child in module.named_children()}
-    entries = {
-        name: child
-        for name, child in entries.items()
-        if type(child) not in _CONTAINERS and _layers(child) >= _FEWEST_LAYERS
-    }
+        children = dict(module.named_children())
+        kinds = Counter(type(child) for child in children.values())
+        for key, child in children.items():
+            listed = isinstance(module, _CONTAINERS) or kinds[type(child)] > 1
+            if listed and type(child) not in _CONTAINERS and _layers(child) >= _FEWEST_LAYERS:
+                entries[f"{name}.{key}".lstrip(".")] = child
     smallest = {name for name in entries if not any(other.startswith(f"{name}.") for other in entries)}
     calls: Counter[str] = Counter()
     handles = [

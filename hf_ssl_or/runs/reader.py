@@ -1,7 +1,7 @@
 """The one reader of run folders: whatever is there, from finished, running and damaged runs alike.
 
 Nothing in a folder is trusted: text is data, arrays are checked, and what cannot be read becomes a problem of the
-record. A report shows problems and goes on; what publishes a run refuses them.
+record. A report shows problems and continues; what publishes a run refuses them.
 """
 
 from __future__ import annotations

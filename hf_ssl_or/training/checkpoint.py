@@ -103,7 +103,7 @@ def _like(parameter: Tensor, key: str, tensors: dict[str, Tensor]) -> Tensor:
 def snapshot(
     groups: dict[str, dict[str, Tensor]], *, into: dict[str, dict[str, Tensor]] | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Copies every tensor to contiguous CPU memory of its own, so that training may go on while it is written.
+    """Copies every tensor to contiguous CPU memory of its own, so that training may continue while it is written.
 
     Args:
         groups: Named groups of tensors, on any device, of any layout.
@@ -342,7 +342,7 @@ class CheckpointStore:
             best = json.loads(path.read_bytes())
             best = {"step": int(best["step"]), "value": float(best["value"]), "name": str(best["name"])}
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
-            raise InputError(f"{path}: damaged; remove it to go on without a best one") from error
+            raise InputError(f"{path}: damaged; remove it to continue without a best one") from error
         return best if best["step"] in self._folders() else None
 
     @staticmethod

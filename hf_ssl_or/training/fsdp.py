@@ -2,7 +2,7 @@
 
 A process holds 1/W of each tensor and gathers the weights of one block while it computes with them; gradients are
 averaged on their way back, as DDP does. The method that is sharded is a copy: the encoder that was handed over stays
-whole, waits in host memory, and is brought up to date when it is evaluated or saved.
+full, waits in host memory, and is brought up to date when it is evaluated or saved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_ssl_or.distributed import shard_like, whole, world_size
+from hf_ssl_or.distributed import full_tensor, shard_like, world_size
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.methods.decoder import Decoder
@@ -70,14 +70,14 @@ def gather_groups(groups: dict[str, dict[str, Tensor]], *, keep: bool) -> dict[s
     gathered: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             if keep:
                 gathered[group][name] = tensor if full is tensor else full.cpu()
     return gathered
 
 
 def load_full(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state of whole tensors into a module, sharded or not.
+    """Loads a state of full tensors into a module, sharded or not.
 
     Raises:
         InputError: A tensor is missing, unknown or of another shape.
@@ -93,7 +93,7 @@ def load_full(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes this process's part of whole optimizer tensors `<parameter>/<entry>`, sharded as the parameters are."""
+    """Takes this process's part of full optimizer tensors `<parameter>/<entry>`, sharded as the parameters are."""
     parts = {}
     groups = optimizer.param_groups
     parameters = {n: p for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)}
@@ -105,7 +105,7 @@ def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 @torch.no_grad()
 def update_full(module: nn.Module, sharded: nn.Module) -> None:
-    """Copies the weights and buffers of a sharded module into a whole one, tensor by tensor."""
+    """Copies the weights and buffers of a sharded module into a full one, tensor by tensor."""
     own = module.state_dict()
     for name, tensor in sharded.state_dict().items():
-        own[name].copy_(whole(tensor))
+        own[name].copy_(full_tensor(tensor))

@@ -36,7 +36,7 @@ class RunLock:
             raise InputError(f"{run_dir}: in use by {holder}; wait for it, or choose another run folder") from error
         except OSError as error:
             raise InputError(f"{run_dir}: cannot be locked ({error.strerror})") from error
-        os.register_at_fork(after_in_child=self._file.close)  # else an orphaned worker would go on holding the lock
+        os.register_at_fork(after_in_child=self._file.close)  # else an orphaned worker would keep holding the lock
 
     def release(self) -> None:
         """Lets the folder go."""

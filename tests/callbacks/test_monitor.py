@@ -14,7 +14,7 @@ from hf_ssl_or.callbacks.monitor import Monitor
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.evaluation.collapse import collapse_report
-from hf_ssl_or.evaluation.collapse.spectra import normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.spectra import normalized_eigenvalues
 from hf_ssl_or.evaluation.collapse.weight_spectra import weight_spectra
 from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.models.auto import create_encoder
@@ -54,7 +54,7 @@ def test_spectra_are_written_under_their_names(monitor: Monitor, encoder: nn.Mod
         assert len(weights) == 4 and spectra["input"].shape == (3 * 16 * 16,)
         for spectrum in spectra.values():
             assert spectrum[0] == 1 and (np.diff(spectrum) <= 0).all() and (spectrum >= 0).all()
-        np.testing.assert_allclose(spectra["representation"], normalised_eigenvalues(features), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(spectra["representation"], normalized_eigenvalues(features), rtol=1e-3, atol=1e-6)
         np.testing.assert_array_equal(spectra[f"weight/{next(iter(weights))}"], next(iter(weights.values())))
 
 

@@ -64,7 +64,7 @@ def break_images(folder: Path, count: int) -> list[Path]:
 @pytest.mark.parametrize("cache", ["disk", "auto", "none"])
 def test_images_labels_and_statistics(pictures, cache):
     images, wanted = load_images(arguments(pictures, cache=cache), "train"), expected(pictures)
-    assert torch.equal(pixels_of(images), wanted) and images.whole.dense().dtype == torch.uint8
+    assert torch.equal(pixels_of(images), wanted) and images.full.dense().dtype == torch.uint8
     assert images.labels.tolist() == [0] * 50 + [1] * 50 + [2] * 50 and images.class_names == ["a", "b", "c"]
     pixels = wanted.double().flatten(0, 2).T / 255
     torch.testing.assert_close(torch.tensor(images.mean).double(), pixels.mean(1), atol=5e-5, rtol=0)
@@ -81,7 +81,7 @@ def test_a_second_run_decodes_nothing(pictures, monkeypatch):
 
 
 def test_writing_to_the_images_spares_the_file(pictures):
-    load_images(arguments(pictures), "train").whole.dense().zero_()
+    load_images(arguments(pictures), "train").full.dense().zero_()
     assert torch.equal(pixels_of(load_images(arguments(pictures), "train")), expected(pictures))
 
 
@@ -176,10 +176,10 @@ def test_stored_images_keep_their_aspect_and_what_is_small_stays_as_it_is(pictur
     Image.new("RGB", (70, 50)).save(pictures / "a" / "006.png")
     images = load_images(arguments(pictures, image_size=48), "train")
     assert default_bound(48) == 62
-    assert images.whole.sizes_N2[:4].tolist() == [[62, 93], [240, 61], [50, 70], [SIDE, SIDE]]
-    assert images.whole.originals_N2[:3].tolist() == [[200, 300], [240, 61], [50, 70]]
+    assert images.full.sizes_N2[:4].tolist() == [[62, 93], [240, 61], [50, 70], [SIDE, SIDE]]
+    assert images.full.originals_N2[:3].tolist() == [[200, 300], [240, 61], [50, 70]]
     larger = load_images(arguments(pictures, image_size=48, cache_size=100), "train")
-    assert larger.whole.sizes_N2[:2].tolist() == [[100, 150], [240, 61]]
+    assert larger.full.sizes_N2[:2].tolist() == [[100, 150], [240, 61]]
 
 
 def test_the_default_size_keeps_the_median_crop_of_every_view():
@@ -195,8 +195,8 @@ def test_a_large_jpeg_is_stored_small_and_right(tmp_path):
     (tmp_path / "ramps").mkdir()
     Image.fromarray(ramp).convert("RGB").save(tmp_path / "ramps" / "a.jpg", quality=95)
     images = load_images(arguments(tmp_path / "ramps", image_size=16, cache_size=16), "train")
-    assert images.whole[0].shape == (16, 32, 3) and images.whole.originals_N2.tolist() == [[512, 1024]]
-    np.testing.assert_allclose(images.whole[0][3, :, 0], (np.arange(32) + 0.5) * 32 * 255 / 1024, atol=3)
+    assert images.full[0].shape == (16, 32, 3) and images.full.originals_N2.tolist() == [[512, 1024]]
+    np.testing.assert_allclose(images.full[0][3, :, 0], (np.arange(32) + 0.5) * 32 * 255 / 1024, atol=3)
 
 
 def test_subset_and_batches(pictures):
@@ -245,7 +245,7 @@ def test_squares_are_torchvisions_resize_and_crop_whatever_is_stored(mixed, cach
     images = load_images(arguments(mixed, **settings), "train")
     transform = v2.Compose([v2.Resize(20), v2.CenterCrop(16)])
     wanted = [np.asarray(transform(Image.open(path))) for path in sorted(mixed.rglob("*.png"))]
-    assert (images.whole is None) == (cache == "on the fly")
+    assert (images.full is None) == (cache == "on the fly")
     np.testing.assert_array_equal(pixels_of(images).numpy(), np.stack(wanted))
     few = images.subset(np.array([3, 20]))
     np.testing.assert_array_equal(pixels_of(few).numpy(), np.stack(wanted)[[3, 20]])
@@ -258,7 +258,7 @@ def test_views_are_cut_from_the_whole_image_and_equal_on_the_fly(mixed, monkeypa
     stored = load_images(arguments(mixed, image_size=16, cache_size=1000), "train")
     monkeypatch.setattr(loading_module, "_MEMORY_BYTES", 0)
     fresh = load_images(arguments(mixed, image_size=16, cache="none"), "train")
-    assert fresh.whole is None
+    assert fresh.full is None
     like = stored.preprocessing
     plans = [plan([1, 5, 23], local=True), plan([0, 2], local=True)]
     for (a, index_a), (b, index_b) in zip(
@@ -296,7 +296,7 @@ def on_the_fly(pictures, monkeypatch) -> ImageSet:
 
 def test_images_decoded_in_each_step_are_the_same(on_the_fly, pictures):
     wanted, indices = expected(pictures), [np.array([3, 141, 9]), np.array([0, 1, 2])]
-    assert on_the_fly.whole is None and on_the_fly.load_squares() is None and len(on_the_fly) == N
+    assert on_the_fly.full is None and on_the_fly.load_squares() is None and len(on_the_fly) == N
     for index, batch in zip(indices, on_the_fly.square_batches(iter(indices)), strict=True):
         assert torch.equal(batch, wanted[index])
     assert torch.equal(pixels_of(on_the_fly.subset(torch.tensor([8, 4])), 1, 0), wanted[[4, 8]])
@@ -340,7 +340,7 @@ def test_an_interrupted_write_leaves_nothing(pictures, monkeypatch):
 
 def test_real_images_keep_their_bytes(real_data, tmp_path):
     images = load_images(arguments(real_data / "cifar10", image_size=32, cache_dir=str(tmp_path)), "test")
-    assert images.whole.dense().shape == (10_000, 32, 32, 3) and images.load_squares() is images.whole
+    assert images.full.dense().shape == (10_000, 32, 32, 3) and images.load_squares() is images.full
     assert images.mean == pytest.approx((0.4942, 0.4851, 0.4504), abs=5e-4)  # the published values of the test split
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import shutil
 
 import datasets
@@ -75,6 +76,14 @@ def arrays() -> list[np.ndarray]:
 
 
 ARRAYS = datasets.Array3D((8, 8, 3), "uint8")
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 NAMED = datasets.ClassLabel(names=["a", "b", "c"])
 KINDS = {
     "pairs": pairs,
@@ -110,6 +119,7 @@ def test_every_object_gives_the_same_images_and_labels(kind, tmp_path):
         images_of,
         arrays,
         tensors,
+        lambda: [{"image": encoded(image)} for image in images_of()],
         lambda: np.stack(arrays()),
         lambda: torch.from_numpy(np.stack(arrays())),
         lambda: Items(images_of()),
@@ -301,7 +311,7 @@ def test_evaluation_takes_splits_pairs_or_one_set(tmp_path):
     named = table().map(lambda row: {"label": "xabc"[row["label"] + 1]})
     splits = datasets.DatasetDict({"train": named, "validation": other})
     for given in (splits, (named, other), (named, load(other))):
-        train, test = load_eval_object(given, arguments())
+        train, test = load_eval_object(given, arguments(streaming=True))
         assert (len(train), len(test)) == (N, 6) and test.preprocessing == train.preprocessing
         assert test.labels.tolist() == LABELS[:6] and test.class_names == train.class_names == ["a", "b", "c"]
     train, test = load_eval_object(Items(pairs()), arguments(holdout=0.25))
@@ -311,6 +321,7 @@ def test_evaluation_takes_splits_pairs_or_one_set(tmp_path):
     assert again.fingerprint == test.fingerprint
     folder = save(tmp_path, *(f"{'ab'[i % 2]}/{i}.png" for i in range(20)))
     assert [len(images) for images in load_eval_object(str(folder), arguments())] == [18, 2]
+    assert [len(images) for images in load_eval_object((folder, folder), arguments())] == [20, 20]
 
 
 @pytest.mark.parametrize(

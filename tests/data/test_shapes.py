@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hf_ssl_or.data.shapes import SHAPES, ShapesSource, _draw_outlines
+from hf_ssl_or.data.shapes import SHAPES, ShapesSource, _render_outlines
 
 
 def neighbor_accuracy(train: ShapesSource, test: ShapesSource, k: int = 20) -> float:
@@ -50,7 +50,7 @@ def test_any_size_shows_the_same_scene():
 def test_every_shape_has_its_area():
     """Each outline covers a fair part of the image, so that no class is told by its area alone, or is not there."""
     labels = np.arange(500) % len(SHAPES)
-    inside = _draw_outlines(np.random.default_rng(0), labels, 48)
+    inside = _render_outlines(np.random.default_rng(0), labels, 48)
     areas = [inside[labels == k].mean() for k in range(len(SHAPES))]
     assert all(0.06 < area < 0.25 for area in areas), areas
     assert ((inside > 0) & (inside < 1)).mean() < 0.15  # edges are soft over one pixel only

@@ -187,5 +187,5 @@ def test_messages_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as caught:
             load_encoder(name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="cannot be loaded as an encoder: .*48"):
-        load_encoder(save(vit, tmp_path / "vit") + "@48")
+    with pytest.raises(InputError, match="cannot be loaded as an encoder: .* takes no images of 3 x 4 x 4"):
+        load_encoder(save(vit, tmp_path / "vit") + "@4")

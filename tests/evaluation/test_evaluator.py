@@ -82,9 +82,7 @@ def test_results_say_how_they_came_about(quick) -> None:
     arguments = EvaluationArguments(protocols=["knn", "linear-sgd"], seeds=[0, 1, 2], train_limit=30)
     results = json.loads(json.dumps(run(arguments)))
     knn, linear = results["evaluations"]
-    assert list(knn) == [
-        *("protocol", "protocol_hash", "settings", "seeds", "headline", "greater_is_better", "metrics", "data")
-    ]
+    assert list(knn) == [*("protocol", "protocol_hash", "settings", "seeds", "headline", "metrics", "data")]
     assert knn["protocol_hash"] == get_protocol("knn").hash and knn["settings"]["k"] == [3, 5]
     assert knn["headline"] == "top1_k3"
     assert knn["seeds"] == [] and linear["seeds"] == [0, 1, 2]
@@ -187,10 +185,11 @@ def test_the_class_of_a_protocol_of_your_own_is_in_its_hash(own_protocol) -> Non
     class Error(own_protocol):
         greater_is_better: ClassVar[bool] = False
         least: object = 1
+        primary: str = "error"
 
         @property
         def primary_metric(self) -> str:
-            return "error"
+            return self.primary
 
     assert own_protocol().settings()["class"] == "notebook.NearestMean"
     assert own_protocol().hash != Error().hash != Error(least=2).hash
@@ -198,6 +197,8 @@ def test_the_class_of_a_protocol_of_your_own_is_in_its_hash(own_protocol) -> Non
     data = LabeledFeatures(torch.randn(12, 3), torch.arange(12) % 2)
     with pytest.raises(InputError, match="run does not return its primary metric 'error'; it returns"):
         evaluate_features(Error(), data.features_NF, data.labels_N, data.features_NF, data.labels_N)
+    entry = evaluate_features(Error(primary="top1"), *(data.features_NF, data.labels_N) * 2)
+    assert entry["greater_is_better"] is False and entry["headline"] == "top1"
     with pytest.raises(InputError, match="nearest-mean: settings must be plain values or tuples of them"):
         _ = Error(least=object()).hash
 

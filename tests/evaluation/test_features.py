@@ -72,6 +72,11 @@ def plain_loop(images: ImageSet, num_views: int, seed: int = 0) -> Tensor:
     return torch.cat(rows)
 
 
+def test_a_module_without_features_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match=r"^a Flatten returns no pooler_output .*adapt_encoder\(module\)$"):
+        extract_features(nn.Flatten(), image_set(), **NORMAL)
+
+
 @pytest.mark.parametrize("num_views", [1, 4])
 @pytest.mark.parametrize("batch_size", [5, 23, 512])
 def test_features_are_those_of_a_plain_loop(num_views: int, batch_size: int) -> None:

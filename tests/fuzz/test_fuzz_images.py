@@ -62,7 +62,7 @@ def test_damaged_images(form: str, data: st.DataObject, tmp_path: Path) -> None:
     images = load(folder)
     assert images is not None and 1 <= len(images) <= 6
     assert images.unit_squares(np.arange(len(images))).shape[1:] == (3, 16, 16)
-    assert images.whole is not None and (images.whole.sizes_N2.min(axis=1) <= images.job.bound).all()
+    assert images.full is not None and (images.full.sizes_N2.min(axis=1) <= images.job.bound).all()
     assert np.isfinite([*images.mean, *images.std]).all()
 
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
-from hf_ssl_or.models import SSLResNetForImageClassification, SSLResNetModel, SSLViTModel
+from hf_ssl_or.models import SSLResNetForImageClassification, SSLResNetModel, SSLTimmModel, SSLViTModel
 from hf_ssl_or.models.auto import create_encoder, list_encoders
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 
@@ -26,6 +27,46 @@ def test_create_from_outside() -> None:
     assert vit.config.model_args == {"depth": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "family"),
+    [
+        ("convnext_atto", {"image_size": 32}, SSLTimmModel),
+        ("eva02_tiny_patch14_224", {"image_size": 28, "depth": 1}, SSLTimmModel),
+        ("resnetv2_18", {"layers": (1, 1, 1, 1)}, SSLTimmModel),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 48, "num_heads": 2, "image_size": 32}, SSLTimmModel),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 48, "num_heads": 2, "pooling": "avg"}, SSLViTModel),
+    ],
+)
+def test_families(name: str, options: dict, family: type) -> None:
+    """What the two families cannot express is built by timm as it is."""
+    encoder = create_encoder(name, **options)
+    assert type(encoder) is family and encoder.config.image_size == options.get("image_size", 224)
+
+
+def test_a_folder_of_transformers_timm_or_ours(tmp_path, images_BCHW: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    dinov2 = Dinov2Model(Dinov2Config(**small)).eval()
+    dinov2.save_pretrained(tmp_path / "dinov2")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov2")
+    convnext = timm.create_model("convnext_atto", dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_classes=5).eval()
+    model_config = {"model_args": {"dims": [8] * 4, "depths": [1] * 4}}
+    save_for_hf(convnext, tmp_path / "timm", model_config=model_config, safe_serialization=True)
+    ours = create_encoder(str(tmp_path / "timm")).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    expected = convnext.forward_head(convnext.forward_features(images_BCHW), pre_logits=True)
+    for name in ("timm", "ours"):
+        encoder = create_encoder(str(tmp_path / name)).eval()
+        assert isinstance(encoder, SSLTimmModel) and torch.equal(encoder(images_BCHW).pooler_output, expected)
+    encoder = create_encoder(str(tmp_path / "dinov2")).eval()
+    assert encoder.preprocessing["image_size"] == encoder.config.image_size == 32
+    assert torch.equal(encoder(images_BCHW).pooler_output, dinov2(images_BCHW).pooler_output)
+    with pytest.raises(ValueError, match="num_channels: .* takes 3, not 1"):
+        create_encoder(str(tmp_path / "dinov2"), num_channels=1)
+    with pytest.raises(ValueError, match="pooling: .* is a model of transformers"):
+        create_encoder(str(tmp_path / "dinov2"), pooling="avg")
+
+
 def test_orthogonality_is_kept() -> None:
     settings = OrthogonalityConfig(penalty="srip")
     assert create_encoder("resnet18", channels=SLIM, orthogonality=settings).config.orthogonality == settings
@@ -33,6 +74,7 @@ def test_orthogonality_is_kept() -> None:
 
 def test_list_encoders() -> None:
     assert {"resnet18", "resnet50", "wide_resnet28_2", "vit_small", "vit_base_patch16_224"} <= set(list_encoders())
+    assert set(timm.list_models()) < set(list_encoders()) and len(set(list_encoders())) == len(list_encoders())
     assert list_encoders("wide_resnet*") == ["wide_resnet28_2", "wide_resnet50_2", "wide_resnet101_2"]
     assert list_encoders("nothing*") == []
 
@@ -42,7 +84,10 @@ def test_list_encoders() -> None:
     [
         ("resnet81", {}, "did you mean 'resnet18'"),
         ("vit_smal", {}, "did you mean 'vit_small'"),
-        ("efficientnet_b0", {}, "EfficientNet"),
+        ("efficientnet_b0", {"stem": "small"}, "stem: efficientnet_b0 is of the family ssl_timm"),
+        ("crossvit_tiny_240", {"image_size": 64}, "image_size: crossvit_tiny_240 takes no images of 64 x 64"),
+        ("nobody/nothing", {}, "encoder: nobody/nothing"),
+        ("nobody/nothing", {"init_from": "resnet18.a1_in1k"}, "init_from: nobody/nothing brings its own weights"),
         ("resnet18.a1_in1k", {}, "did you mean 'resnet18'"),
         ("vit_tiny", {"stem": "small"}, "stem: vit_tiny"),
         ("vit_tiny", {"channels": SLIM}, "channels: vit_tiny"),

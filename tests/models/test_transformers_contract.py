@@ -18,6 +18,7 @@ from hf_ssl_or.models import (
     SSLResNetConfig,
     SSLResNetForImageClassification,
     SSLResNetModel,
+    SSLTimmBackbone,
     SSLViTConfig,
     SSLViTForImageClassification,
     SSLViTModel,

@@ -15,7 +15,7 @@ from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import rank, world_size
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, normalized_eigenvalues
 from hf_ssl_or.evaluation.collapse.view_scatter import ViewScatter
 from hf_ssl_or.evaluation.features import evaluating
 from hf_ssl_or.randomness import hashed_seed
@@ -78,7 +78,7 @@ def input_spectrum(images: ImageSet) -> np.ndarray:
     side = min(images.image_size, _INPUT_SIDE)
     batches = (np.arange(start, min(start + 512, len(images))) for start in range(0, len(images), 512))
     parts = [F.adaptive_avg_pool2d(images.unit_squares(index_B), side).flatten(1) for index_B in batches]
-    return normalised_eigenvalues(torch.cat(parts), "input")
+    return normalized_eigenvalues(torch.cat(parts), "input")
 
 
 def scatter_views(

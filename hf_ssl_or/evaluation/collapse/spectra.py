@@ -163,7 +163,7 @@ def _above_rounding(eigenvalues_D: Tensor, mean_square: float) -> Tensor:
 # Spectra as they are plotted
 
 
-def normalised_eigenvalues(features: Features, name: str = "features") -> np.ndarray:
+def normalized_eigenvalues(features: Features, name: str = "features") -> np.ndarray:
     """Eigenvalues of the covariance of a matrix's columns, from the largest, each divided by the largest.
 
     He & Ozay (ICML 2022); section 5 of He, Du & Ma (NeurIPS 2024), who plot them on logarithmic axes, dashed where

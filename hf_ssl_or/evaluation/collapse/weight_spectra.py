@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.collapse.spectra import as_matrix, normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.spectra import as_matrix, normalized_eigenvalues
 
 _STAGE = re.compile(r"(?:^|\.)(layer\d+|stages\.\d+)\.")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(?:attn\.proj|mlp\.fc2)$")
@@ -24,7 +24,7 @@ def weight_spectra(encoder: nn.Module) -> dict[str, np.ndarray]:
     Returns:
         float64 array (outputs,) for every selected parameter name.
     """
-    return {name: normalised_eigenvalues(w_OI.T, name) for name, w_OI in select_weights(encoder).items()}
+    return {name: normalized_eigenvalues(w_OI.T, name) for name, w_OI in select_weights(encoder).items()}
 
 
 def weight_matrices(encoder: nn.Module) -> dict[str, Tensor]:

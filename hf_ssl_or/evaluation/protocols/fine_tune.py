@@ -38,7 +38,7 @@ from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.distributed import mean_over_ranks, use_global_batch_norm
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.features import evaluating
+from hf_ssl_or.evaluation.features import encode, evaluating
 from hf_ssl_or.evaluation.protocols.base import Protocol, accuracies, best_classes, check_labeled, labeled
 from hf_ssl_or.launcher import refuse_launcher_settings
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
@@ -327,10 +327,7 @@ def _width(encoder: nn.Module, images: ImageSet) -> int:
     device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
     (x_1CHW,) = images.clean([np.array([0])], device)
     with evaluating(encoder), torch.no_grad():
-        features = getattr(encoder(x_1CHW), "pooler_output", None)
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        raise InputError(f"fine_tune: a {type(encoder).__name__} returns no pooler_output (images, features)")
-    return features.shape[1]
+        return encode(encoder, x_1CHW).shape[1]
 
 
 def _trainer_arguments(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, eigenvalues, normalised_eigenvalues
+from hf_ssl_or.evaluation.collapse.spectra import CovarianceAccumulator, eigenvalues, normalized_eigenvalues
 
 
 def features(n: int = 500, d: int = 12) -> torch.Tensor:
@@ -65,13 +65,13 @@ def test_bad_streams_are_refused() -> None:
         accumulator.eigenvalues()
     accumulator.name = "hidden/stage2"
     with pytest.raises(InputError, match="^hidden/stage2: some rows"):
-        normalised_eigenvalues(accumulator, "ignored")
+        normalized_eigenvalues(accumulator, "ignored")
 
 
 def test_spectra_are_normalized() -> None:
     z = features()
     eig = np.linalg.eigvalsh(np.cov(z.numpy().T))[::-1]
-    np.testing.assert_allclose(normalised_eigenvalues(z), eig / eig[0], rtol=1e-8)
-    np.testing.assert_array_equal(normalised_eigenvalues(CovarianceAccumulator.of(z)), normalised_eigenvalues(z))
-    assert not normalised_eigenvalues(torch.ones(10, 3)).any()
-    assert (normalised_eigenvalues(features(20, 50)) == 0).sum() == 31, "19 of 50 are positive"
+    np.testing.assert_allclose(normalized_eigenvalues(z), eig / eig[0], rtol=1e-8)
+    np.testing.assert_array_equal(normalized_eigenvalues(CovarianceAccumulator.of(z)), normalized_eigenvalues(z))
+    assert not normalized_eigenvalues(torch.ones(10, 3)).any()
+    assert (normalized_eigenvalues(features(20, 50)) == 0).sum() == 31, "19 of 50 are positive"

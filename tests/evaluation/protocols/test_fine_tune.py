@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -20,8 +21,6 @@ from transformers import (
     AutoModelForImageClassification,
     Dinov2Config,
     Dinov2Model,
-    TimmWrapperConfig,
-    TimmWrapperModel,
     pipeline,
 )
 
@@ -36,6 +35,7 @@ from hf_ssl_or.evaluation.protocols.fine_tune import (
     fine_tune,
     parameter_groups,
 )
+from hf_ssl_or.models.adapters import adapt_encoder
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig, SSLResNetConfig, SSLViTConfig
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -195,10 +195,10 @@ def test_without_decay_all_layers_learn_alike() -> None:
 
 
 def test_any_encoder_is_fine_tuned() -> None:
-    """A module with `pooler_output`, and a model of transformers around a timm net, whose layers are known."""
+    """A module with `pooler_output`, a model of transformers, and a timm net, whose layers are known, as adapted."""
     config = Dinov2Config(image_size=12, patch_size=6, hidden_size=12, num_hidden_layers=2, num_attention_heads=2)
-    wrapped = TimmWrapperConfig(architecture="resnet18", model_args={"channels": [8] * 4}, do_pooling=True)
-    for encoder, decay in ((Encoder(), 1.0), (Dinov2Model(config), 1.0), (TimmWrapperModel(wrapped), 0.5)):
+    net = adapt_encoder(timm.create_model("resnet18", channels=[8] * 4), image_size=32)
+    for encoder, decay in ((Encoder(), 1.0), (adapt_encoder(Dinov2Model(config)), 1.0), (net, 0.5)):
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         encoder.requires_grad_(False)
         metrics = fine_tune(encoder, image_set(6), image_set(9), quick(epochs=1, layer_decay=decay))

@@ -1,6 +1,6 @@
-"""Views that a program's own functions make, of one image at a time, under random states that the image keys.
+"""Views that a program's callables return, of one image at a time, under random states that the image keys.
 
-A transform of torchvision that is called on a batch samples one set of parameters for all of its images, so a function
+A transform of torchvision that is called on a batch samples one set of parameters for all of its images, so a callable
 is called once for each image and view. What it takes from the global random states of torch (on the CPU), Python and
 numpy depends on (seed, epoch, view, image) alone: views depend neither on the number of processes nor on when a run
 was resumed. The states are restored afterwards.
@@ -31,15 +31,15 @@ _SLACK = 1e-3  # by which a filter may leave [0, 1]
 
 
 @dataclass(frozen=True)
-class OwnPlan:
-    """What a step wants of own functions: the places of its images in their set, and the pass over the data."""
+class CallablePlan:
+    """What a step wants of callables: the places of its images in their set, and the pass over the data."""
 
     index_B: np.ndarray
     epoch: int
 
 
-class OwnViews:
-    """The functions of one list of views.
+class CallableViews:
+    """The callables of one list of views.
 
     They are tried on one image: whether they take its bytes, and how large their views are.
 
@@ -85,7 +85,7 @@ class OwnViews:
         return len(self._functions)
 
     @property
-    def travels(self) -> bool:
+    def picklable(self) -> bool:
         """Whether worker processes can call the functions."""
         try:
             pickle.dumps(self._functions)
@@ -135,7 +135,7 @@ class OwnViews:
         image_1CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1)[None].copy())  # which functions may write to
         if not self._gives_bytes(pixels_HWC, i):
             image_1CHW = scale_pixels(image_1CHW, self._preprocessing.value_range)
-        _seed_random_states(hashed_seed(self._seed, "own view", epoch, self._numbers[i], index))
+        _seed_random_states(hashed_seed(self._seed, "callable view", epoch, self._numbers[i], index))
         try:
             view = function(image_1CHW)
         except Exception as error:
@@ -208,25 +208,27 @@ class Failure:
         return cls(str(error), error.__cause__)
 
 
-def render_all(images: Sequence[np.ndarray], plan: OwnPlan, lists: Sequence[OwnViews]) -> list[Tensor] | Failure:
-    """Makes the own views of a batch: (V, B, C, h, w) float32 in [0, 1] for each list."""
+def render_all(
+    images: Sequence[np.ndarray], plan: CallablePlan, lists: Sequence[CallableViews]
+) -> list[Tensor] | Failure:
+    """Makes the callable views of a batch: (V, B, C, h, w) float32 in [0, 1] for each list."""
     with _kept_random_states():
         try:
             return [
                 torch.stack(
                     [
-                        own.render(pixels, int(index), plan.epoch)
+                        views.render(pixels, int(index), plan.epoch)
                         for pixels, index in zip(images, plan.index_B, strict=True)
                     ],
                     dim=1,
                 )
-                for own in lists
+                for views in lists
             ]
         except InputError as error:
             return Failure.of(error)
 
 
-class OwnViewMaker(Dataset):
+class CallableViewMaker(Dataset):
     """Reads the images of a batch and calls the functions.
 
     Args:
@@ -235,10 +237,10 @@ class OwnViewMaker(Dataset):
         lists: The functions.
     """
 
-    def __init__(self, job: DecodeJob, store: PixelStore | None, lists: Sequence[OwnViews]) -> None:
+    def __init__(self, job: DecodeJob, store: PixelStore | None, lists: Sequence[CallableViews]) -> None:
         self._job, self._store, self._lists = job, store, lists
 
-    def __getitem__(self, plan: OwnPlan) -> tuple[list[Tensor] | Failure, np.ndarray, dict[int, str]]:
+    def __getitem__(self, plan: CallablePlan) -> tuple[list[Tensor] | Failure, np.ndarray, dict[int, str]]:
         failures: dict[int, str] = {}
         if self._store is not None:
             return render_all([self._store[int(i)] for i in plan.index_B], plan, self._lists), plan.index_B, failures

@@ -92,10 +92,10 @@ def test_mixed_views_are_those_of_the_parts():
     images = image_set(24, side=None)
     mixed = batches(images, MIXED)
     specs = batches(images, [MIXED[0], MIXED[2]])
-    own = batches(images, [crop, COMPOSE, crop, noisy_center])
-    for batch, of_specs, of_own in zip(mixed, specs, own, strict=True):
+    called = batches(images, [crop, COMPOSE, crop, noisy_center])
+    for batch, of_specs, of_callables in zip(mixed, specs, called, strict=True):
         assert torch.equal(batch.views_VBCHW[::2], of_specs.views_VBCHW)
-        assert torch.equal(batch.views_VBCHW[1::2], of_own.views_VBCHW[1::2])
+        assert torch.equal(batch.views_VBCHW[1::2], of_callables.views_VBCHW[1::2])
 
 
 def test_values_against_a_formula():
@@ -130,7 +130,7 @@ def test_images_that_are_decoded_in_each_step(tmp_path):
     images = load_dataset_object(tmp_path, DataArguments(dataset="-", image_size=8, num_workers=1, max_corrupt=0.2))
     views = [lambda x: x, ViewSpec(crop_scale=(1, 1))]
     wanted = batches(images, views, stop=1, batch_size=9)[0]
-    images = dataclasses.replace(images, whole=None, whole_storage=Storage("on_the_fly"), _on_device={})
+    images = dataclasses.replace(images, full=None, full_storage=Storage("on_the_fly"), _on_device={})
     found = batches(images, views, stop=1, batch_size=9)[0]
     assert torch.equal(wanted.views_VBCHW[0], found.views_VBCHW[0]) and torch.equal(wanted.index_B, found.index_B)
     (tmp_path / "4.png").write_bytes(b"")
@@ -239,8 +239,8 @@ def test_wrong_lists_are_one_line():
     for views, message in [
         ([sized], "sized makes a view of 9 x .* pixels of image .*, of others 9 x"),
         ([crop, lambda x: x[..., :9, :9]], "<lambda> makes views of 9 x 9 pixels, crop of 12 x 12"),
-        ([ViewSpec(), lambda x: x[..., :9, :9]], "functions make views of 9 x 9 pixels, specs of 12 x 12"),
-        ([3], "view 0 is a int; give a ViewSpec, or a function"),
+        ([ViewSpec(), lambda x: x[..., :9, :9]], "callables return views of 9 x 9 pixels, specs of 12 x 12"),
+        ([3], "view 0 is a int; give a ViewSpec, or a callable"),
     ]:
         with pytest.raises(InputError, match=message):
             batches(images, views, stop=1)
