@@ -245,25 +245,3 @@ def renamed(weights: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> tup
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes plain values as JSON."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def timm_lines(portable: Portable) -> Lines:
-    """Returns the lines by which timm loads the folder."""
-    call = "with torch.inference_mode():\n"
-    if portable.labels is None:
-        call += "    features = model(pixel_values)\n"
-    else:
-        call += "    features = model.forward_head(model.forward_features(pixel_values), pre_logits=True)\n"
-        call += "    logits = model(pixel_values)\n"
-    lines = Lines(
-        library="timm",
-        packages="timm",
-        imports=("import timm", "import torch"),
-        load='model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n',
-        prepare=(
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)\n"
-            "pixel_values = transform(image)[None]\n"
-        ),
-        call=call,
-    )
-    return portable.with_images(lines)
