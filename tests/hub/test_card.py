@@ -356,7 +356,7 @@ def wide(value_range: Any) -> Change:
             ["recipe"],
         ),
         (wide([0, 4095]), ["0 to 4,095 become 0 to 1", "clipped, as set in the recipe"], ["measured"]),
-        (wide("dtype"), ["the whole range of each image's type"], ["measured", "clipped"]),
+        (wide("dtype"), ["the full range of each image's type"], ["measured", "clipped"]),
         (bare, ["do not record the preprocessing"], ["| Mean"]),
     ],
 )

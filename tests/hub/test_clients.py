@@ -103,7 +103,7 @@ def test_everybody_loads_what_was_pushed(
 ) -> None:
     push = [sys.executable, "-m", "hf_ssl_or", "push", str(portable_run), "ada/net"]
     done = fresh_process(*push, PYTHONPATH=str(REPOSITORY))
-    assert "pushed 13 files" in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert "pushed 14 files" in done.stdout and TOKEN not in done.stdout + done.stderr
     repository = hub.repository("ada/net")
     assert len(repository.history()) == 2 and "pretrained_cfg" in json.loads(repository.files["config.json"])
     repository.refs["v2"] = repository.refs["main"]

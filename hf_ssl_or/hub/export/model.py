@@ -207,24 +207,6 @@ def why_not_timm(config: Any) -> str | None:
     return None
 
 
-def renamed(weights: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], list[str]]:
-    """Renames weights by the first pattern that matches each, and lists the names that none matches."""
-    found, lost = {}, []
-    for name, tensor in weights.items():
-        for pattern, replacement in rules:
-            if re.match(pattern, name):
-                found[re.sub(pattern, replacement, name, count=1)] = tensor
-                break
-        else:
-            lost.append(name)
-    return found, lost
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes plain values as JSON."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def timm_lines(portable: Portable) -> Lines:
     """Returns the lines by which timm loads the folder."""
     call = "with torch.inference_mode():\n"
@@ -245,3 +227,21 @@ def timm_lines(portable: Portable) -> Lines:
         call=call,
     )
     return portable.with_images(lines)
+
+
+def renamed(weights: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], list[str]]:
+    """Renames weights by the first pattern that matches each, and lists the names that none matches."""
+    found, lost = {}, []
+    for name, tensor in weights.items():
+        for pattern, replacement in rules:
+            if re.match(pattern, name):
+                found[re.sub(pattern, replacement, name, count=1)] = tensor
+                break
+        else:
+            lost.append(name)
+    return found, lost
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes plain values as JSON."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ def pixel_table(preprocessing: Preprocessing, value_range: str = "") -> str:
     p, origin = preprocessing, f", {value_range}" if value_range else ""
     side = f"{p.image_size:d}"
     if p.value_range == "dtype":
-        values = "the whole range of each image's type (of floats, 0 to 1) becomes 0 to 1"
+        values = "the full range of each image's type (of floats, 0 to 1) becomes 0 to 1"
     else:
         low, high = (f"{value:,.6g}" for value in p.value_range)
         values = f"{low} to {high} become 0 to 1; values outside are clipped"
