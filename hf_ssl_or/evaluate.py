@@ -113,11 +113,10 @@ def select(run_dir: Path, measure: str, *, output: Path | None = None) -> Choice
     images = functools.cache(lambda: load_training_images(recipe))
 
     def sample() -> Sample:
-        bank, test = (measure == "knn" and labeled_images(recipe, images())) or (None, None)
+        labeled = labeled_images(recipe, images()) if measure == "knn" else None
         return Sample(
             images=images(),
-            bank=bank,
-            test=test,
+            labeled=labeled[0] if labeled else None,
             views=view_specs(recipe)[0],
             seed=recipe.training.seed,
             count=recipe.training.monitor_images,

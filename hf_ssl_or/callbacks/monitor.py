@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_ssl_or.evaluation.features import extract_features
 from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
+from hf_ssl_or.randomness import keyed_permutation
 from hf_ssl_or.training.arguments import SSLTrainingArguments
 
 KNN_NEIGHBORS = 20
@@ -42,13 +44,29 @@ class MonitorCallback(SSLCallback):
         return self.monitor.evaluate(trainer.encoder, path)
 
 
+def validation_split(labeled: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Parts a sample of the labeled training images into a bank and images to classify, `count` of each at most.
+
+    What checkpoints are chosen by must not see the test images, which are for the end alone.
+    """
+    order = keyed_permutation(len(labeled), seed, "monitor knn")
+    half = min(count, len(labeled) // 2)
+    return labeled.subset(np.sort(order[half : 2 * half])), labeled.subset(np.sort(order[:half]))
+
+
+def knn_of(features: Callable[[ImageSet], torch.Tensor], bank: ImageSet, validation: ImageSet) -> float:
+    """Returns the kNN top-1 accuracy on a validation split, in percent; `features` encodes images."""
+    k = min(KNN_NEIGHBORS, len(bank))
+    accuracy = knn_accuracy(features(bank), bank.labels, features(validation), validation.labels, k=k)
+    return accuracy[f"top1_k{k}"]
+
+
 class Monitor:
     """Evaluates the encoder on a fixed, seeded sample of images.
 
     Args:
         images: Training images; ranks and spectra are measured on a sample of them.
-        bank: Labeled images that vote in kNN, or None for no kNN.
-        test: Labeled images that kNN classifies, or None for no kNN.
+        labeled: Labeled training images for kNN, or None for no kNN, see `validation_split`.
         arguments: The sample's size, the seed and the precision.
         device: Where the encoder runs.
     """
@@ -56,16 +74,15 @@ class Monitor:
     def __init__(
         self,
         images: ImageSet,
-        bank: ImageSet | None,
-        test: ImageSet | None,
+        labeled: ImageSet | None,
         arguments: SSLTrainingArguments,
         device: torch.device,
     ) -> None:
         self.arguments, self.device = arguments, device
-        self.sample = self._sample(images, "monitor")
-        labeled = bank is not None and test is not None and bank.labels is not None and test.labels is not None
-        self.bank = self._sample(bank, "monitor bank") if bank is not None and labeled else None
-        self.test = self._sample(test, "monitor test") if test is not None and labeled else None
+        self.sample = images.sample(arguments.monitor_images, arguments.seed, "monitor")
+        self.knn_images = None
+        if labeled is not None and labeled.labels is not None and len(labeled) > 1:
+            self.knn_images = validation_split(labeled, arguments.monitor_images, arguments.seed)
 
     def evaluate(self, encoder: nn.Module, spectra_path: Path) -> dict[str, float]:
         """Measures ranks, orthogonality and kNN accuracy, and writes the spectra as a `.npz` beside.
@@ -81,8 +98,8 @@ class Monitor:
         values = {name: value for name, value in report.items() if isinstance(value, int | float)}
         errors = OrthogonalityRegularizer(encoder, OrthogonalityConfig(penalty="so", weight=1)).errors()
         values["orthogonality_error"] = float(np.mean([float(error) for error in errors.values()]))
-        if self.bank is not None and self.test is not None:
-            values["knn"] = self._knn(encoder, self.bank, self.test)
+        if self.knn_images is not None:
+            values["knn"] = self._knn(encoder, *self.knn_images)
         if rank() == 0:
             spectra_path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(spectra_path, **self._spectra(encoder, covariances))
@@ -98,15 +115,8 @@ class Monitor:
     def _input_spectrum(self) -> np.ndarray:
         return input_spectrum(self.sample)
 
-    def _knn(self, encoder: nn.Module, bank: ImageSet, test: ImageSet) -> float:
-        accuracy = knn_accuracy(
-            self._features(encoder, bank),
-            bank.labels,
-            self._features(encoder, test),
-            test.labels,
-            k=min(KNN_NEIGHBORS, len(bank)),
-        )
-        return next(iter(accuracy.values()))
+    def _knn(self, encoder: nn.Module, bank: ImageSet, validation: ImageSet) -> float:
+        return knn_of(lambda images: self._features(encoder, images), bank, validation)
 
     def _features(self, encoder: nn.Module, images: ImageSet) -> torch.Tensor:
         return extract_features(encoder, images, progress=False, **self._how())
@@ -114,6 +124,3 @@ class Monitor:
     def _how(self) -> dict[str, Any]:
         """How images are encoded."""
         return {"device": self.device, "mixed_precision": self.arguments.mixed_precision}
-
-    def _sample(self, images: ImageSet, purpose: str) -> ImageSet:
-        return images.sample(self.arguments.monitor_images, self.arguments.seed, purpose)

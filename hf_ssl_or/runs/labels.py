@@ -68,7 +68,7 @@ _LABELS = {
     "alignment": MetricLabel("Alignment", "mean distance of two views of one image", "lower"),
     "uniformity": MetricLabel("Uniformity", "how evenly features cover the sphere", "lower"),
     # With labels
-    "knn": MetricLabel("kNN top-1", "accuracy of k nearest neighbors", "higher", "%"),
+    "knn": MetricLabel("kNN top-1", "accuracy of k nearest neighbors on held-out training images", "higher", "%"),
     # Weights and training
     "orthogonality_error": MetricLabel("Orthogonality error", "mean over weights of ||G - I||; 0: orthogonal"),
     "loss": MetricLabel("Loss", "of the method, without the penalty"),

@@ -44,7 +44,8 @@ class SSLTrainingArguments:
             for comparison with code that forwards view by view.
         log_every: Steps between two lines of `metrics.jsonl`.
         monitor_every: Epochs between two evaluations of ranks, spectra and kNN; 0 for never.
-        monitor_images: Images that each evaluation takes (from the training set, and from the test set for kNN).
+        monitor_images: Training images that each evaluation takes, and as many labeled ones for each side of kNN; the
+            test images are for the end alone.
         save_every: Epochs between two checkpoints; the last state is always saved.
         save_steps: Steps between two checkpoints, instead of `save_every`.
         keep_last: How many checkpoints stay; None keeps all.

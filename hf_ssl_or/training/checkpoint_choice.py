@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_ssl_or.callbacks.monitor import KNN_NEIGHBORS
+from hf_ssl_or.callbacks.monitor import knn_of, validation_split
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.collapse import collapse_report, lidar
 from hf_ssl_or.evaluation.collapse.hidden import scatter_views
 from hf_ssl_or.evaluation.features import extract_features
-from hf_ssl_or.evaluation.protocols.knn import knn_accuracy
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.labels import metric_label
 from hf_ssl_or.runs.reader import read_metrics
@@ -97,8 +96,7 @@ class Sample:
 
     Attributes:
         images: Training images.
-        bank: Labeled images that vote in kNN, or None.
-        test: Labeled images that kNN classifies, or None.
+        labeled: Labeled training images for kNN, or None; never those of the test.
         views: How views are sampled for LiDAR.
         seed: Seed of the run.
         count: Images that the monitor takes.
@@ -107,8 +105,7 @@ class Sample:
     """
 
     images: ImageSet
-    bank: ImageSet | None
-    test: ImageSet | None
+    labeled: ImageSet | None
     views: Sequence[ViewSpec]
     seed: int
     count: int
@@ -126,15 +123,12 @@ class Sample:
         return collapse_report(extract_features(encoder, sample, progress=False, **self._how())).get(measure)
 
     def _knn(self, encoder: nn.Module) -> float:
-        if self.bank is None or self.test is None:
-            raise InputError("knn needs labeled training and test images; rankme needs none")
-        bank = self.bank.sample(self.count, self.seed, "monitor bank")
-        test = self.test.sample(self.count, self.seed, "monitor test")
-        features: list[Tensor] = [
-            extract_features(encoder, images, progress=False, **self._how()) for images in (bank, test)
-        ]
-        k = min(KNN_NEIGHBORS, len(bank))
-        return knn_accuracy(features[0], bank.labels, features[1], test.labels, k=k)[f"top1_k{k}"]
+        if self.labeled is None:
+            raise InputError("knn needs labeled training images; rankme needs none")
+        return knn_of(
+            lambda images: extract_features(encoder, images, progress=False, **self._how()),
+            *validation_split(self.labeled, self.count, self.seed),
+        )
 
     def _how(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "device": self.device}

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ class SSLTrainer:
         )
         self.recipe = recipe or describe(
             method_object,
-            data=data_arguments,
+            data=data_arguments
+            if isinstance(train_dataset, str | Path)
+            else replace(data_arguments, dataset=self.images.name),
             views=self.views,
             local_views=self.local_views,
             orthogonality=self.orthogonality,
@@ -228,10 +231,10 @@ class SSLTrainer:
         return method.train()
 
     def _monitor(self) -> MonitorCallback:
-        bank, test = self.labeled or (None, None)
-        monitor = Monitor(self.images, bank, test, self.args, self.device)
-        if self.args.keep_best == "knn" and monitor.test is None:
-            raise InputError("training.keep_best: knn needs labeled training and test images; rankme needs none")
+        train = self.labeled[0] if self.labeled else None
+        monitor = Monitor(self.images, train, self.args, self.device)
+        if self.args.keep_best == "knn" and monitor.knn_images is None:
+            raise InputError("training.keep_best: knn needs labeled training images; rankme needs none")
         return MonitorCallback(monitor)
 
     def _context(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def encoder() -> nn.Module:
 @pytest.fixture
 def monitor() -> Monitor:
     images = load_images(DataArguments(dataset="shapes", shapes_train=90, shapes_test=10, image_size=16), "train")
-    return Monitor(images, None, None, SSLTrainingArguments(monitor_images=60), torch.device("cpu"))
+    return Monitor(images, None, SSLTrainingArguments(monitor_images=60), torch.device("cpu"))
 
 
 def test_spectra_are_written_under_their_names(monitor: Monitor, encoder: nn.Module, tmp_path: Path) -> None:

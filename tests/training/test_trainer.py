@@ -74,6 +74,18 @@ def test_label_free_runs_need_no_labels(tmp_path: Path):
         make(tmp_path / "other", tree(keep_best="knn"), labeled=False)
 
 
+def test_checkpoints_are_not_chosen_on_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The leak is planted: any look at the test images fails, and the run ends all the same."""
+    trainer = make(tmp_path, tree(epochs=2, keep_best="knn"))
+    _, test = trainer.labeled
+    for name in ("square_batches", "clean", "subset", "sample"):
+        monkeypatch.setattr(test, name, lambda *_, **__: pytest.fail("saw the test images"))
+    trainer.train()
+    assert CheckpointStore(tmp_path).best()["name"] == "knn"
+    with pytest.raises(pytest.fail.Exception, match="saw the test images"):
+        trainer.evaluate()
+
+
 def test_the_best_checkpoint_without_labels_is_kept(tmp_path: Path):
     make(tmp_path, tree(epochs=4, keep_last=1, keep_best="rankme"), labeled=False).train()
     looks = [line for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "monitor"]
