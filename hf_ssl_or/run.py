@@ -25,8 +25,9 @@ from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict
 from hf_ssl_or.runs.results import Results
 from hf_ssl_or.show import print_start
 from hf_ssl_or.structures import ViewSpec
+from hf_ssl_or.training.accelerator import build_accelerator
 from hf_ssl_or.training.setup import resolve_views, stored_size
-from hf_ssl_or.training.trainer import SSLTrainer, build_accelerator
+from hf_ssl_or.training.trainer import SSLTrainer
 
 
 def recipe_and_folder(

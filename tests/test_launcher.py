@@ -9,8 +9,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from hf_ssl_or import evaluate
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
+from hf_ssl_or.training.accelerator import build_accelerator
 from hf_ssl_or.training.arguments import SSLTrainingArguments
-from hf_ssl_or.training.trainer import build_accelerator
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
 

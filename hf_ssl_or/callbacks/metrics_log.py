@@ -49,6 +49,17 @@ def flatten(nested: dict[str, Any], path: str = "") -> dict[str, str | int | flo
     return flat
 
 
+def read_history(path: Path, start: int) -> list[dict[str, float]]:
+    """Reads the log lines before a step back into the form of the history."""
+    lines = []
+    for line in read_metrics(path).lines:
+        if line["step"] < start:
+            prefix = "eval_" if line["kind"] == "monitor" else ""
+            values = {f"{prefix}{key}": value for key, value in line.items() if key not in ("kind", "step", "epoch")}
+            lines.append({**values, **({"epoch": line["epoch"]} if "epoch" in line else {}), "step": line["step"] + 1})
+    return lines
+
+
 class MetricLog:
     """Appends to a run's `metrics.jsonl`; only the main process writes.
 

@@ -33,6 +33,18 @@ class DamagedCheckpointError(InputError):
     """A checkpoint is incomplete, or its bytes are not those that were written; the message names the file."""
 
 
+def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint's folder.
+
+    Raises:
+        InputError: It is none.
+    """
+    name = path.name.removeprefix("step-")
+    if not name.isdecimal() or not path.is_dir():
+        raise InputError(f"{path}: is no checkpoint; give a folder such as RUN/checkpoints/step-100, or True")
+    return int(name)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Takes an optimizer's state apart into tensors and JSON.
 

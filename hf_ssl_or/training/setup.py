@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from torch import nn
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.augmentation_sampling import check_channels, without_color
 from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.objects import load_dataset_object, load_eval_object
 from hf_ssl_or.data.pixel_kind import default_bound
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.labeled import load_labeled
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.auto import create_encoder
+from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.structures import ViewSpec
@@ -212,3 +215,44 @@ def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
 def default_folder(method: SSLMethod) -> Path:
     """Returns the folder of a run that names none."""
     return Path("runs") / method.name
+
+
+def load_sets(
+    train_dataset: Any, eval_dataset: Any, data: Any, num_channels: int
+) -> tuple[ImageSet, tuple[ImageSet, ImageSet] | None]:
+    """Loads the training images, and the labeled ones that the encoder is evaluated on, where there are any."""
+    images = load_dataset_object(train_dataset, data, split=data.train_split, num_channels=num_channels)
+    like = images.preprocessing
+    if eval_dataset is not None:
+        return images, load_eval_object(eval_dataset, data, num_channels=num_channels, like=like)
+    if isinstance(train_dataset, str | Path):
+        own = images if data.fraction == 1 and not data.streaming else None
+        return images, load_labeled(data, num_channels=num_channels, like=like, train=own, required=False)
+    return images, None
+
+
+def penalty_settings(given: OrthogonalityConfig | Mapping[str, Any] | None) -> OrthogonalityConfig:
+    """Returns the settings of the penalty; None is no penalty."""
+    if given is None:
+        return OrthogonalityConfig(penalty="none")
+    if isinstance(given, OrthogonalityConfig):
+        return given
+    try:
+        return OrthogonalityConfig.from_dict(dict(given))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def objects_of(
+    objects: list[str], train: Any, test: Any, views: Sequence[Any], optimizers: tuple[Any, Any], callbacks: Any
+) -> list[str]:
+    """Names what of a run was handed over as Python objects."""
+    paths = str | Path
+    found = {
+        "train_dataset": not isinstance(train, paths),
+        "eval_dataset": test is not None and not isinstance(test, paths),
+        "views": not all(isinstance(view, ViewSpec) for view in views),
+        "optimizers": optimizers[0] is not None,
+        "callbacks": bool(callbacks),
+    }
+    return [*objects, *(name for name, is_object in found.items() if is_object)]

@@ -17,45 +17,43 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, GradientAccumulationPlugin
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_ssl_or.callbacks.base import CallbackList, ScheduleCallback, SSLCallback
 from hf_ssl_or.callbacks.checkpoints import CheckpointCallback
-from hf_ssl_or.callbacks.metrics_log import Meter, MetricsLogCallback
+from hf_ssl_or.callbacks.metrics_log import Meter, MetricsLogCallback, read_history
 from hf_ssl_or.callbacks.monitor import Monitor, MonitorCallback
 from hf_ssl_or.callbacks.progress import Clock, ProgressCallback
 from hf_ssl_or.callbacks.push import PushCallback
-from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loader import ViewLoader
-from hf_ssl_or.data.objects import load_dataset_object, load_eval_object
+from hf_ssl_or.data.objects import load_eval_object
 from hf_ssl_or.distributed import use_global_batch_norm
 from hf_ssl_or.errors import InputError, NonFiniteLossError
 from hf_ssl_or.evaluation.collapse import weight_report
 from hf_ssl_or.evaluation.evaluator import EvaluationArguments
-from hf_ssl_or.evaluation.labeled import load_labeled
 from hf_ssl_or.hub.push import check_destination, push_to_hub
-from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.randomness import hashed_seed
-from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.runs.results import Results
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
 from hf_ssl_or.training import finish, fsdp
+from hf_ssl_or.training.accelerator import build_accelerator
 from hf_ssl_or.training.arguments import SSLTrainingArguments
-from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors
+from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors, step_of
 from hf_ssl_or.training.description import describe, first_difference, identity, write_recipe
 from hf_ssl_or.training.lock import RunLock
-from hf_ssl_or.training.memory import keep_freed_memory
 from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from hf_ssl_or.training.setup import (
     Views,
     default_folder,
     load_scheduler,
+    load_sets,
+    objects_of,
+    penalty_settings,
     resolve_data,
     resolve_method,
     resolve_views,
@@ -144,7 +142,7 @@ class SSLTrainer:
         data_arguments = stored_size(resolve_data(train_dataset, data, method_object.encoder), self.views)
         with self.accelerator.local_main_process_first():  # which decodes the images for the others
             self.images, self.labeled = load_sets(train_dataset, eval_dataset, data_arguments, config.num_channels)
-        self.orthogonality = _penalty_settings(orthogonality)
+        self.orthogonality = penalty_settings(orthogonality)
         config.orthogonality = self.orthogonality
         self.evaluation, self.evaluators = evaluation or EvaluationArguments(), evaluators
         method_object.prepare(
@@ -160,7 +158,7 @@ class SSLTrainer:
             orthogonality=self.orthogonality,
             training=self.args,
             evaluation=self.evaluation,
-            objects=_objects(objects, train_dataset, eval_dataset, self.views, optimizers, callbacks),
+            objects=objects_of(objects, train_dataset, eval_dataset, self.views, optimizers, callbacks),
         )
         self._prepare(method_object, optimizers)
         self.weights_before = weight_report(self.encoder)
@@ -488,7 +486,7 @@ class SSLTrainer:
     def _resume(self, source: bool | str | Path) -> tuple[int, bool]:
         """Loads a checkpoint; returns its step, and whether a callback had ended the run there."""
         path = self.store.latest() if isinstance(source, bool) else Path(source)
-        newest = torch.tensor(0 if path is None else _step_of(path), device=self.device)
+        newest = torch.tensor(0 if path is None else step_of(path), device=self.device)
         if not bool((self.accelerator.gather(newest) == newest).all()):
             raise InputError(f"{self.run_dir}: machines see other checkpoints; use a folder that all of them share")
         if path is None:
@@ -509,7 +507,7 @@ class SSLTrainer:
         self.callbacks.load_state_dict(state["callbacks"])
         self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_global_step"]
         step = int(state["step"])
-        self.state.log_history = _history(self.run_dir / "metrics.jsonl", step)
+        self.state.log_history = read_history(self.run_dir / "metrics.jsonl", step)
         return step, bool(state["stopped"])
 
     @contextmanager
@@ -582,90 +580,3 @@ class SSLTrainer:
             result = push_to_hub(self.run_dir, repo_id, **options)
         self.accelerator.wait_for_everyone()
         return result
-
-
-def load_sets(
-    train_dataset: Any, eval_dataset: Any, data: Any, num_channels: int
-) -> tuple[ImageSet, tuple[ImageSet, ImageSet] | None]:
-    """Loads the training images, and the labeled ones that the encoder is evaluated on, where there are any."""
-    images = load_dataset_object(train_dataset, data, split=data.train_split, num_channels=num_channels)
-    like = images.preprocessing
-    if eval_dataset is not None:
-        return images, load_eval_object(eval_dataset, data, num_channels=num_channels, like=like)
-    if isinstance(train_dataset, str | Path):
-        own = images if data.fraction == 1 and not data.streaming else None
-        return images, load_labeled(data, num_channels=num_channels, like=like, train=own, required=False)
-    return images, None
-
-
-def build_accelerator(args: SSLTrainingArguments, run_dir: str | Path) -> Accelerator:
-    """Builds the Accelerator: DDP without buffer broadcasts (global statistics are equal on every process anyway).
-
-    What it would take from the environment is given here, since the recipe alone decides.
-
-    Raises:
-        InputError: The environment or the hardware does not go with the recipe.
-    """
-    cpu = args.device == "cpu" or not torch.cuda.is_available() or cpu_is_forced()
-    refuse_launcher_settings(
-        device="cpu" if cpu else "cuda",
-        mixed_precision=args.mixed_precision,
-        accumulation_steps=args.forward_chunks,
-    )
-    if args.mixed_precision == "fp16" and cpu:
-        raise InputError("training.mixed_precision: fp16 needs a GPU; use bf16 or no")
-    if cpu:
-        keep_freed_memory()
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend=DynamoBackend.NO,
-        log_with=list(args.trackers) or None,
-        project_dir=str(run_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-
-
-def _penalty_settings(given: OrthogonalityConfig | Mapping[str, Any] | None) -> OrthogonalityConfig:
-    if given is None:
-        return OrthogonalityConfig(penalty="none")
-    if isinstance(given, OrthogonalityConfig):
-        return given
-    try:
-        return OrthogonalityConfig.from_dict(dict(given))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _objects(
-    objects: list[str], train: Any, test: Any, views: Sequence[Any], optimizers: tuple[Any, Any], callbacks: Any
-) -> list[str]:
-    """Names what of a run was handed over as Python objects."""
-    paths = str | Path
-    found = {
-        "train_dataset": not isinstance(train, paths),
-        "eval_dataset": test is not None and not isinstance(test, paths),
-        "views": not all(isinstance(view, ViewSpec) for view in views),
-        "optimizers": optimizers[0] is not None,
-        "callbacks": bool(callbacks),
-    }
-    return [*objects, *(name for name, is_object in found.items() if is_object)]
-
-
-def _step_of(path: Path) -> int:
-    name = path.name.removeprefix("step-")
-    if not name.isdecimal() or not path.is_dir():
-        raise InputError(f"{path}: is no checkpoint; give a folder such as RUN/checkpoints/step-100, or True")
-    return int(name)
-
-
-def _history(path: Path, start: int) -> list[dict[str, float]]:
-    """Reads the log lines before a step back into the form of the history."""
-    lines = []
-    for line in read_metrics(path).lines:
-        if line["step"] < start:
-            prefix = "eval_" if line["kind"] == "monitor" else ""
-            values = {f"{prefix}{key}": value for key, value in line.items() if key not in ("kind", "step", "epoch")}
-            lines.append({**values, **({"epoch": line["epoch"]} if "epoch" in line else {}), "step": line["step"] + 1})
-    return lines
