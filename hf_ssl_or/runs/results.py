@@ -110,6 +110,7 @@ class Evaluation(_Record):
         seeds: Seeds that it was run with; none where it has no randomness.
         headline: Name of the metric that stands for the protocol.
         metrics: By name.
+        greater_is_better: False where a lower value of the headline is better.
         data: The images; None for a baseline that has none of its own.
         encoder: Name of the encoder, in a table of several.
         dataset: Name of the data set, in a table of several.
@@ -121,6 +122,7 @@ class Evaluation(_Record):
     seeds: list[int]
     headline: str
     metrics: dict[str, Metric]
+    greater_is_better: bool | None = None
     data: EvaluationData | None = None
     encoder: str | None = None
     dataset: str | None = None

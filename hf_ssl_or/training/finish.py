@@ -115,6 +115,7 @@ def write_results(trainer: Any, measured: dict[str, Any]) -> Results | None:
     if trainer.accelerator.is_main_process:
         results = Results.from_dict(found | {"weights_sha256": weights_sha256(run_dir / layout.ENCODER)})
         results.write(run_dir / layout.RESULTS)
+        write_preview(trainer)
     shown = trainer.labeled[1] if trainer.labeled else images
     write_samples(trainer.encoder, shown, run_dir, device=trainer.device)
     return results

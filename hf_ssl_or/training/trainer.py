@@ -306,7 +306,6 @@ class SSLTrainer:
             self.state.global_step, self.state.epoch = start, start / self.loader.steps_per_epoch
             if self.accelerator.is_main_process:
                 write_recipe(self.recipe, self.run_dir / "recipe.yaml")
-                finish.write_preview(self)
             self._offload_encoder()
             with ExitStack() as stack:
                 for callback in self.callbacks.items:
@@ -356,8 +355,8 @@ class SSLTrainer:
             self.log(self._fetch())
         if control.should_evaluate:
             self._evaluate()
-        agree = control.should_evaluate or control.should_log
-        stop = stop_request.asked(self.state.global_step, self.callbacks.control.should_training_stop, agree=agree)
+        by_callback, agree = self.callbacks.control.should_training_stop, control.should_evaluate
+        stop = stop_request.asked(self.state.global_step, by_callback, agree=agree)
         if self.callbacks.control.should_save or stop:
             self._stopped = stop and not stop_request.asked_by_signal
             self.callbacks.call("on_save")

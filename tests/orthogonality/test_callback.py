@@ -75,7 +75,7 @@ def test_errors_shrink_against_a_run_without(build, penalty, tmp_path):
 def test_the_gradient_comes_once_per_optimizer_step_and_unclipped(tmp_path):
     model = vit()
     penalty = OrthogonalityCallback(OrthogonalityConfig(penalty="so", weight=1e-2))
-    train(model, tmp_path, penalty, max_steps=1, forward_chunks=2, max_grad_norm=1e-12, learning_rate=1.0)
+    train(model, tmp_path, penalty, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=1e-12, learning_rate=1.0)
     wanted = vit()
     OrthogonalityRegularizer(wanted.base_model, penalty.config).add_gradients()
     for (name, got), old in zip(model.named_parameters(), wanted.parameters(), strict=True):

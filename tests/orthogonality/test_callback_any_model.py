@@ -86,7 +86,7 @@ def test_accumulated_steps_take_one_gradient(build, tmp_path):
         model = build()
         model.load_state_dict(start)
         penalty = OrthogonalityCallback(OrthogonalityConfig(penalty="so", weight=0.1))
-        sizes = {"per_device_train_batch_size": 4 // accumulation, "forward_chunks": accumulation}
+        sizes = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
         train(model, tmp_path, penalty, max_steps=2, **sizes)
         models.append(model)
     for (name, one), many in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -95,7 +95,7 @@ def test_accumulated_steps_take_one_gradient(build, tmp_path):
 
 def test_a_loop_of_accelerate_adds_the_gradient_where_gradients_are_complete():
     torch.manual_seed(0)
-    accelerator = Accelerator(cpu=True, forward_chunks=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = nn.Linear(4, 4)
     wanted = nn.Linear(4, 4)
     wanted.load_state_dict(model.state_dict())
