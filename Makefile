@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: help quickstart test check format bench torture clean
+.PHONY: help quickstart test fast check format bench torture clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -13,8 +13,11 @@ quickstart: $(VENV)/.run    ## install, then pretrain and evaluate an encoder on
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
-test: check     ## lint, types and all tests (about 8 minutes on 2 cores)
+test: check     ## lint, types and all tests (about 9 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fast: $(VENV)/.test     ## the quick tests, without the files that take long (about 3 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: $(VENV)/.test    ## lint and types
 	$(BIN)/ruff check .

@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny here, and thre
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-# Files of more than 15 s, the longest first: with several workers none of them is left for the end.
-FIRST = [
+# Files of more than 15 s, the longest first: with several workers none of them is left for the end. They are the slow
+# lane: `make fast` leaves them out.
+SLOW = [
     "world_size",
     "one_way_to_pixels",
     "export",
@@ -25,12 +26,43 @@ FIRST = [
     "push",
     "fsdp",
 ]
-FIRST += ["embedding", "html", "worked_scripts", "regularizer", "foreign_models"]
+SLOW += [
+    "saved_as_itself",
+    "verify",
+    "fsdp_any_encoder",
+    "foreign_encoders",
+    "front_door",
+    "adapters",
+    "stream_training",
+]
+SLOW += [
+    "embedding",
+    "html",
+    "worked_scripts",
+    "regularizer",
+    "foreign_models",
+    "metrics",
+    "fine_tune",
+    "other_channels",
+]
+SLOW += [
+    "card",
+    "killed_runs",
+    "stopped_runs",
+    "fuzz_encoder_configs",
+    "fuzz_run_folders",
+    "remote_code",
+    "model_cards",
+]
+SLOW += ["transformers_contract", "evaluator", "stream", "sweep", "any_module", "encoder_loading", "trainer"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {f"test_{name}": i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
+    place = {f"test_{name}": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -124,3 +124,11 @@ def test_bad_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     (tmp_path / "full" / "precious.txt").write_text("mine")
     assert "is not empty" in refusal(capsys, "train", tiny, "--output", tmp_path / "full")
     assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
+
+
+def test_options_of_other_programs_are_answered_with_ours(tiny: Path, capsys: pytest.CaptureFixture):
+    assert "unrecognized argument --epochs: write training.epochs=..." in refusal(
+        capsys, "train", tiny, "--epochs", "5"
+    )
+    assert "write training.optimizer.lr=..." in refusal(capsys, "train", tiny, "--learning-rate", "1")
+    assert "'num_train_epochs': set training.epochs" in refusal(capsys, "train", tiny, "training.num_train_epochs=5")

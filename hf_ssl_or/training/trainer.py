@@ -7,6 +7,7 @@ the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every r
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,8 @@ from hf_ssl_or.training.setup import (
     take_optimizer,
 )
 from hf_ssl_or.training.signals import StopRequest, TrainingInterrupted
+
+_logger = logging.getLogger(__name__)
 
 
 class SSLTrainer:
@@ -161,6 +164,9 @@ class SSLTrainer:
             objects=objects_of(objects, train_dataset, eval_dataset, self.views, optimizers, callbacks),
         )
         self._prepare(method_object, optimizers)
+        if self.accelerator.is_main_process:
+            for sentence in getattr(self.encoder, "left_out", ()):
+                _logger.warning("encoder: %s", sentence)
         self.weights_before = weight_report(self.encoder)
         self.baselines: dict[str, Any] = {}
         self.train_seconds, self._stopped = 0.0, False

@@ -79,7 +79,7 @@ def test_faster_rcnn_learns_a_square(backbone) -> None:
     image[:, 30:62, 40:72] = 0.9
     target = {"boxes": torch.tensor([[40.0, 30.0, 72.0, 62.0]]), "labels": torch.tensor([1])}
     optimizer, losses = torch.optim.AdamW(detector.parameters(), 2e-3), []
-    for _ in range(30):
+    for _ in range(60):
         loss = sum(detector([image] * 2, [target] * 2).values())
         optimizer.zero_grad()
         loss.backward()
