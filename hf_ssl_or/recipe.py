@@ -145,9 +145,13 @@ def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe", overrides:
         overrides: Dotted settings that win over it.
     """
     _check_plain(tree, source)
-    tree = copy.deepcopy(dict(tree))
+    own: dict[str, Any] = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply(tree, override)
+        _apply(own, override)
+    return _from_plain(own, source)
+
+
+def _from_plain(tree: dict[str, Any], source: str) -> Recipe:
     _check_plain(tree, source)
     if objects := tree.pop("objects", None):
         raise InputError(

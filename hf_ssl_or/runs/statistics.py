@@ -60,7 +60,9 @@ class Difference:
         if half <= abs(self.mean) / 2:
             return text
         needed = self.seeds_needed
-        return f"{text} (\N{PLUS-MINUS SIGN} half of it: {f'more than {MOST_SEEDS}' if needed is None else needed} seeds)"
+        return (
+            f"{text} (\N{PLUS-MINUS SIGN} half of it: {f'more than {MOST_SEEDS}' if needed is None else needed} seeds)"
+        )
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:

@@ -264,7 +264,11 @@ class _Reader:
         where, command = f"arms.{name}.command", value["command"]
         if len(value) > 1:
             raise self.error(f"arms.{name}: command goes with nothing else, not {', '.join(map(str, value))}")
-        if not isinstance(command, list) or not command or not all(type(item) in (str, int, float) for item in command):
+        if (
+            not isinstance(command, list)
+            or not command
+            or not all(type(item) in (str, int, float) for item in command)
+        ):
             raise self.error(f"{where}: a list of a program and its arguments is wanted, not {command!r:.80}")
         words = tuple(map(str, command))
         for place in ("{output}", "{seed}"):

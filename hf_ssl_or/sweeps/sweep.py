@@ -22,7 +22,7 @@ from hf_ssl_or.sweeps.progress import Progress
 from hf_ssl_or.sweeps.root import prepare
 from hf_ssl_or.training.lock import RunLock
 
-_POLL = 0.05  # seconds
+_POLL = 0.1  # seconds
 
 
 class SweepInterrupted(Exception):
