@@ -258,7 +258,11 @@ def _verb(verbs: argparse._SubParsersAction, name: str, what: str, example: str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0, 1 (a failed run of a sweep), 2 (bad input), 3 (loss not finite) or 75 (interrupted)."""
+    """Runs a command line.
+
+    Returns:
+        The exit status: 0, 1 (a run of a sweep has failed), 2 (bad input), 3 (loss not finite) or 75 (interrupted).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
