@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from hf_ssl_or.cli import main
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.report.sweep_page import write_sweep_report
+from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
 from hf_ssl_or.sweeps import processes
+from hf_ssl_or.sweeps.progress import Progress
 from hf_ssl_or.sweeps.sweep import list_runs, sweep
 from tests.processes import Ended, Processes, command_line
 
@@ -125,6 +131,29 @@ def test_killed_five_times_and_continued(whole: tuple[Path, Path, float], tmp_pa
     assert "0 of them to do" in again.errors and (root / "so/seed-0/results.json").stat().st_mtime_ns == before
 
 
+def test_a_signal_saves_the_runs_and_ends_with_75(tmp_path: Path):
+    file, root = write(tmp_path / "tiny.yaml", overrides=["training.max_steps=2000"]), tmp_path / "root"
+    sweeping = started(file, root)
+    assert sweeping.wait_for(lambda: (root / "so" / "seed-0" / "metrics.jsonl").exists())
+    sweeping.kill(signal.SIGTERM)
+    ended = sweeping.wait()
+    assert ended.statuses == [75] and "stopped by SIGTERM; the same command continues" in ended.errors
+    assert "--resume" in (root / "so" / "seed-0.log").read_text() and (root / "results.json").exists()
+
+
+def test_the_live_table():
+    runs = [RunValues(seed=0, metrics={"knn/top1": 40.0}), RunValues(seed=1)]
+    arms = [
+        ArmValues(name="so", runs=runs),
+        ArmValues(name="none", runs=[RunValues(seed=0, failure="status 2: full")]),
+    ]
+    console = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
+    with Progress(jobs=2, console=console) as progress:
+        progress.show(SweepResults(name="tiny", arms=arms, columns=["knn/top1"]), [])
+    text = console.export_text()
+    assert all(word in text for word in ("so", "1/2", "40.00", "seed 0: status 2: full", "minutes left"))
+
+
 def test_what_is_written(whole: tuple[Path, Path, float], capsys: pytest.CaptureFixture[str]):
     _, root, _ = whole
     results = json.loads((root / "results.json").read_text())
@@ -154,8 +183,6 @@ def test_a_changed_arm_runs_again_alone(whole: tuple[Path, Path, float], copied:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    import shutil
-
     return lambda root: Path(shutil.copytree(root, tmp_path / root.name))
 
 
