@@ -25,6 +25,7 @@ _HOMES = {
     "recipe": ("Recipe", "load_recipe"),
     "run": ("pretrain",),
     "structures": ("ViewSpec",),
+    "sweeps.sweep": ("sweep",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 from hf_ssl_or.errors import InputError, NonFiniteLossError, unknown
 from hf_ssl_or.habits import HABITS
 
+EXIT_FAILED_RUN = 1  # of a sweep
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
@@ -29,6 +30,7 @@ examples:
   hf-ssl-or evaluate runs/try --protocols knn,linear-sgd
   hf-ssl-or evaluate runs/a runs/b timm:resnet18 --datasets cifar10,gtsrb32 --output transfer
   hf-ssl-or evaluate runs/try --select rankme --output best
+  hf-ssl-or sweep recipes/sweeps/quick.yaml --jobs 2
   hf-ssl-or embed runs/try --dataset photos --output features.parquet --duplicates --outliers --neighbors 5
   hf-ssl-or preview recipes/quickstart.yaml views.count=8 --output views.png
   hf-ssl-or report runs/none runs/so --output report.html
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_train(verbs)
     _add_evaluate(verbs)
+    _add_sweep(verbs)
     _add_embed(verbs)
     _add_preview(verbs)
     _add_report(verbs)
@@ -105,6 +108,20 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "--output", type=Path, help="JSON of the results; with --datasets also a folder; with --select the encoder's"
     )
     evaluate.set_defaults(overrides=[])
+
+
+def _add_sweep(verbs: argparse._SubParsersAction) -> None:
+    sweep = _verb(
+        verbs,
+        "sweep",
+        "run arms, a grid and seeds from one file, and compare them",
+        "hf-ssl-or sweep recipes/sweeps/quick.yaml --jobs 2 --threads 1",
+    )
+    sweep.add_argument("file", help="a sweep, see docs/sweep.md; the same command continues it after a kill")
+    sweep.add_argument("--output", type=Path, help="folder of the sweep (default: runs/<name of the file>)")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    sweep.add_argument("--threads", type=int, metavar="T", help="threads of each run (default: cores / jobs)")
+    sweep.add_argument("--list", action="store_true", help="print one command per missing run, and run nothing")
 
 
 def _add_embed(verbs: argparse._SubParsersAction) -> None:
@@ -183,7 +200,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
         "draw figures and one HTML page of one or more runs",
         "hf-ssl-or report runs/none runs/so --output report.html",
     )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, finished or not; up to 10")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep; up to 10")
     report.add_argument("--output", type=Path, help="the page (default: RUN/report.html; of several runs report.html)")
     report.add_argument(
         "--figures", type=Path, help="folder of the figures (default: RUN/figures; of several, beside the page)"
@@ -241,7 +258,11 @@ def _verb(verbs: argparse._SubParsersAction, name: str, what: str, example: str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0, 2 (bad input), 3 (loss not finite) or 75 (interrupted)."""
+    """Runs a command line.
+
+    Returns:
+        The exit status: 0, 1 (a run of a sweep has failed), 2 (bad input), 3 (loss not finite) or 75 (interrupted).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -270,6 +291,7 @@ def _dispatch(argv: list[str]) -> int:
     verbs = {
         "train": _train,
         "evaluate": _evaluate,
+        "sweep": _sweep,
         "embed": _embed,
         "preview": _preview,
         "report": _report,
@@ -372,6 +394,25 @@ def _check_evaluate(arguments: argparse.Namespace, encoders: list[str]) -> None:
         raise InputError("--markdown: goes with --datasets")
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.show import print_sweep
+    from hf_ssl_or.sweeps.sweep import SweepInterrupted, list_runs, sweep
+
+    if arguments.list:
+        for line in list_runs(arguments.file, arguments.output):
+            print(line)
+        return 0
+    try:
+        results = sweep(arguments.file, arguments.output, jobs=arguments.jobs, threads=arguments.threads)
+    except SweepInterrupted as interruption:
+        print(f"hf-ssl-or: {interruption}; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print_sweep(results)
+    for arm, failure in results.failures.items():
+        print(f"hf-ssl-or: arm {arm} has failed: {failure}", file=sys.stderr)
+    return EXIT_FAILED_RUN if results.failures else 0
+
+
 def _embed(arguments: argparse.Namespace) -> int:
     from hf_ssl_or.embedding import embed
 
@@ -409,7 +450,14 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from hf_ssl_or.report.html import write_report
+    from hf_ssl_or.report.sweep_page import is_sweep, write_sweep_report
 
+    if is_sweep(arguments.runs[0]):
+        if len(arguments.runs) > 1 or arguments.umap:
+            raise InputError(f"{arguments.runs[0]}: is a sweep; give it alone, without --umap")
+        page, figures = write_sweep_report(arguments.runs[0], output=arguments.output, figures=arguments.figures)
+        print(f"wrote {page} and {len(figures)} files of figures")
+        return 0
     page, figures = write_report(
         arguments.runs, output=arguments.output, figures=arguments.figures, umap=arguments.umap
     )

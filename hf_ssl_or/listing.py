@@ -38,7 +38,7 @@ def _recipes() -> list[tuple[str, str]]:
     folder = Path("recipes")
     if not folder.is_dir():
         raise InputError("recipes: no such folder here; run this in a clone of the repository")
-    paths = sorted(path for path in folder.rglob("*.yaml") if "accelerate" not in path.parts and _is_run(path))
+    paths = sorted(path for path in folder.rglob("*.yaml") if _is_run(path))
     return [(str(path), _first_comment(path) + _variants(path)) for path in paths]
 
 
@@ -54,4 +54,4 @@ def _variants(path: Path) -> str:
 
 
 def _is_run(path: Path) -> bool:
-    return not path.name.startswith("defaults")
+    return not path.name.startswith("defaults") and not {"accelerate", "sweeps"} & set(path.parts)

@@ -8,6 +8,7 @@ written into the run's folder.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import types
@@ -116,10 +117,7 @@ class Recipe:
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Returns a recipe with dotted settings replaced, say "training.epochs=5"."""
-        tree = self.to_dict()
-        for override in overrides:
-            _apply(tree, override)
-        return recipe_from_dict(tree)
+        return recipe_from_dict(self.to_dict(), overrides=overrides)
 
 
 _MOST_VALUES, _MOST_NESTED = 10_000, 20
@@ -135,16 +133,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: A file, key or value is wrong; the message names it.
     """
-    tree = _read_variant(Path(path))
-    for override in overrides:
-        _apply(tree, override)
-    return recipe_from_dict(tree, str(path))
+    return recipe_from_dict(_read_variant(Path(path)), str(path), overrides)
 
 
-def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Builds a recipe from plain data, as `Recipe.to_dict` gives it; `source` names it in errors."""
+def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Builds a recipe from plain data, as `Recipe.to_dict` gives it.
+
+    Args:
+        tree: The data; it stays as it is.
+        source: Its name in errors.
+        overrides: Dotted settings that win over it.
+    """
     _check_plain(tree, source)
-    tree = dict(tree)
+    own: dict[str, Any] = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply(own, override)
+    return _from_plain(own, source)
+
+
+def _from_plain(tree: dict[str, Any], source: str) -> Recipe:
+    _check_plain(tree, source)
     if objects := tree.pop("objects", None):
         raise InputError(
             f"{source}: its run was made from Python objects ({', '.join(map(str, objects))}), which no recipe holds; "
@@ -280,7 +288,7 @@ def _read_variant(path: Path) -> dict[str, Any]:
     while not file.exists() and "-" in file.stem[1:]:
         stem, _, name = file.stem.rpartition("-")
         file, names = file.with_stem(stem), [name, *names]
-    tree = _read(file if file.exists() else path)
+    tree = read_yaml(file if file.exists() else path)
     variants = _mapping(tree.pop("variants", {}), "variants", str(file))
     for name in names:
         if name not in variants:
@@ -291,10 +299,19 @@ def _read_variant(path: Path) -> dict[str, Any]:
 
 def recipe_variants(path: Path) -> list[str]:
     """Names the variants of a recipe file."""
-    return list(_mapping(_read(path).get("variants", {}), "variants", str(path)))
+    return list(_mapping(read_yaml(path).get("variants", {}), "variants", str(path)))
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a YAML file of key: value pairs, which may start from another with `defaults`.
+
+    Args:
+        path: The file.
+        above: Files whose `defaults` led to it.
+
+    Raises:
+        InputError: It cannot be read, or is no such file.
+    """
     if path.resolve() in above:
         raise InputError(f"{path}: defaults leads back to itself")
     try:
@@ -304,7 +321,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error}){f'; beside it: {near}' if near else ''}") from error
     tree = dict(_mapping(_parse(text, str(path)) or {}, "the file", str(path)))
     if base := tree.pop("defaults", None):
-        return _merge(_read(path.parent / str(base), (*above, path.resolve())), tree)
+        return _merge(read_yaml(path.parent / str(base), (*above, path.resolve())), tree)
     return tree
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "methods", "orthogonality"},
     {"evaluation"},
     {"hub", "report", "callbacks", "training"},
-    {"recipe", "run", "evaluate", "embedding", "listing", "show", "cli", "__main__"},
+    {"recipe", "run", "evaluate", "embedding", "listing", "show", "sweeps", "cli", "__main__"},
 ]
 APART = {"data", "methods", "orthogonality"}  # of one layer, and they do not know each other
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -92,23 +92,11 @@ def _neighbors(runs: Sequence[RunRecord], folder: Path) -> Iterator[Drawn | None
 
 def render_page(runs: Sequence[RunRecord], sections: dict[str, list[Drawn]], *, base: Path) -> str:
     """Renders the page; `base` is the folder that links start from."""
-    environment = Environment(
-        loader=FileSystemLoader(_PAGE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (_PAGE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         title=f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs",
-        css=Markup(page_colors() + (_PAGE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
-        version=importlib.metadata.version("hf-ssl-or"),
         runs=runs,
-        sections={name: [_on_page(figure, base) for figure in drawn] for name, drawn in sections.items()},
+        sections={name: [on_page(figure, base) for figure in drawn] for name, drawn in sections.items()},
         previews=_previews(runs),
         facts=tables.facts(runs),
         summary=tables.summary(runs),
@@ -119,12 +107,32 @@ def render_page(runs: Sequence[RunRecord], sections: dict[str, list[Drawn]], *, 
     )
 
 
+def render(template: str, **values: Any) -> str:
+    """Renders a page of this folder that extends `frame.html`."""
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_PAGE / "page.js").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        css=Markup(page_colors() + (_PAGE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=importlib.metadata.version("hf-ssl-or"),
+        **values,
+    )
+
+
 def clean_lines(text: str) -> str:
     """Cleans text of several lines."""
     return "\n".join(map(printable, text.splitlines()))
 
 
-def _on_page(figure: Drawn, base: Path) -> dict[str, Any]:
+def on_page(figure: Drawn, base: Path) -> dict[str, Any]:
+    """Returns a figure as `parts.html` shows it, with links from the folder `base`."""
     links = {file.suffix.removeprefix(".").upper(): quote(_relative(file, base)) for file in figure.files}
     return {"figure": figure, "svg": Markup(figure.svg), "links": links}
 

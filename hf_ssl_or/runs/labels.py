@@ -75,6 +75,7 @@ _LABELS = {
     "penalty": MetricLabel("Orthogonality penalty", "with its weight"),
     "grad_norm": MetricLabel("Gradient norm", "before clipping"),
     "lr": MetricLabel("Learning rate", "of the optimizer"),
+    "minutes": MetricLabel("Minutes", "of training steps, without evaluations", "lower"),
     "images_per_second": MetricLabel("Images per second", "each in all its views"),
     "views_per_second": MetricLabel("Views per second", "images times views"),
     "data_wait_percent": MetricLabel("Waiting for data", "share of the time of a step", unit="% of time"),

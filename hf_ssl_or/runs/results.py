@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -20,7 +20,7 @@ OWN_LIBRARY = "hf_ssl_or"
 _COLLAPSE_KEYS = ("samples", "dimension", "notes", "alpha_req_range")
 
 
-class _Record:
+class Record:
     """Plain JSON values of a dataclass, and back; fields that may be None by default are left out when they are."""
 
     @classmethod
@@ -57,8 +57,11 @@ class _Record:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+R = TypeVar("R", bound=Record)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Metric(_Record):
+class Metric(Record):
     """One measure of a protocol, over its seeds.
 
     Attributes:
@@ -77,7 +80,7 @@ class Metric(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatedImages(_Record):
+class EvaluatedImages(Record):
     """The images of one side of an evaluation.
 
     Attributes:
@@ -92,7 +95,7 @@ class EvaluatedImages(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationData(_Record):
+class EvaluationData(Record):
     """The images that a probe was fit on, and those that it was tested on."""
 
     train: EvaluatedImages
@@ -100,7 +103,7 @@ class EvaluationData(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(_Record):
+class Evaluation(Record):
     """What one protocol measured.
 
     Attributes:
@@ -142,7 +145,7 @@ class Evaluation(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collapse(_Record):
+class Collapse(Record):
     """Label-free measures of features; in JSON, the measures stand beside the other keys.
 
     Attributes:
@@ -175,7 +178,7 @@ class Collapse(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightMeasures(_Record):
+class WeightMeasures(Record):
     """Measures of one weight of the encoder.
 
     Attributes:
@@ -188,7 +191,7 @@ class WeightMeasures(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDescription(_Record):
+class EncoderDescription(Record):
     """How the saved encoder is loaded.
 
     Attributes:
@@ -204,7 +207,7 @@ class EncoderDescription(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunLength(_Record):
+class RunLength(Record):
     """How long a run was.
 
     Attributes:
@@ -217,7 +220,7 @@ class RunLength(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData(_Record):
+class TrainingData(Record):
     """The training images.
 
     Attributes:
@@ -248,7 +251,7 @@ class TrainingData(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment(_Record):
+class Environment(Record):
     """Software and kind of device; no host, user or path.
 
     Attributes:
@@ -267,7 +270,7 @@ class Environment(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results(_Record):
+class Results(Record):
     """A finished run.
 
     Attributes:
@@ -309,7 +312,7 @@ class Results(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderResults(_Record):
+class EncoderResults(Record):
     """One encoder evaluated on one data set.
 
     Attributes:
@@ -328,7 +331,12 @@ class EncoderResults(_Record):
 
 
 def read_results(path: Path) -> Results:
-    """Reads a `results.json`.
+    """Reads a run's `results.json`, see `read_record`."""
+    return read_record(Results, path)
+
+
+def read_record(kind: type[R], path: Path) -> R:
+    """Reads the JSON of a record that has a `schema_version`.
 
     Raises:
         InputError: It cannot be read, is of another schema version, or a key is missing or of another type; the
@@ -345,7 +353,7 @@ def read_results(path: Path) -> Results:
         said = "none" if version is None else printable(version)
         raise InputError(f"{path}: schema_version: is {said}, and {SCHEMA_VERSION} is what this version reads")
     try:
-        return Results.from_dict(tree, str(path))
+        return kind.from_dict(tree, str(path))
     except InputError as error:
         raise InputError(str(error).replace(f"{path}.", f"{path}: ", 1)) from error
 

@@ -1,0 +1,89 @@
+"""The tables of a sweep: arms by columns, and paired differences to the first arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_ssl_or.report.tables import NONE, Cell, Table, flatten
+from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.runs.sweep_results import ArmValues, SweepResults, column_label
+
+_LONGEST_REASON = 160
+
+
+def values_table(results: SweepResults) -> Table:
+    """One row per arm: seeds done, and mean and standard deviation of every column, or why a run has failed."""
+    heads = ["arm", "seeds", *(column_label(column).title for column in results.columns)]
+    rows = []
+    for arm in results.arms:
+        done = sum(bool(run.metrics) for run in arm.runs)
+        chosen = f" (selected by {column_label(results.select or '').name})" if arm.name == results.selected else ""
+        cells = [_value(arm, column) for column in results.columns]
+        if arm.failure is not None:
+            reason = printable(arm.failure)[:_LONGEST_REASON]
+            cells[:1] = [Cell(f"{cells[0].text}; {reason}" if cells and cells[0].value is not None else reason)]
+        rows.append([Cell(printable(arm.name) + chosen), Cell(f"{done}/{len(arm.runs)}", done), *cells])
+        if not results.columns and arm.failure is not None:
+            rows[-1][0] = Cell(f"{printable(arm.name)}: {cells[0].text}")
+            del rows[-1][2:]
+    return Table(
+        caption=f"{results.name}: mean \N{PLUS-MINUS SIGN} standard deviation over seeds", head=heads, rows=rows
+    )
+
+
+def differences_table(results: SweepResults) -> Table | None:
+    """One row per arm but the first: its paired difference to the first in every column; None for one arm."""
+    if len(results.arms) < 2 or not results.columns:
+        return None
+    rows = []
+    for arm in results.arms[1:]:
+        found = [results.difference(arm, column) for column in results.columns]
+        cells = [Cell(NONE) if one is None else Cell(one.describe(), one.mean) for one in found]
+        rows.append([Cell(printable(arm.name)), *cells])
+    caption = (
+        f"Differences to {printable(results.arms[0].name)}, paired over seeds, with the 95 % t interval; where it "
+        "reaches further than half the difference, how many seeds it would take for that"
+    )
+    return Table(caption=caption, head=["arm", *(column_label(name).title for name in results.columns)], rows=rows)
+
+
+def changes_table(results: SweepResults) -> Table:
+    """What each arm changes in the base recipe, or the command that it is."""
+    rows = [[Cell(printable(arm.name)), Cell(printable(_what(arm)))] for arm in results.arms]
+    return Table(caption="What the arms are", head=["arm", "changes to the base recipe"], rows=rows)
+
+
+def environments_table(results: SweepResults) -> Table | None:
+    """Software and kind of device of the runs: every value that any of them names."""
+    found = [run.environment for arm in results.arms for run in arm.runs if run.environment is not None]
+    flat = [flatten(environment.to_dict()) for environment in found]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    if not keys:
+        return None
+    rows = [
+        [Cell(key.removeprefix("packages.")), Cell(", ".join(dict.fromkeys(one[key] for one in flat if key in one)))]
+        for key in keys
+    ]
+    return Table(caption="Software and device of the runs", head=["", "value"], rows=rows)
+
+
+def markdown(results: SweepResults) -> str:
+    """Returns the tables of values and differences as Markdown."""
+    tables = [values_table(results), differences_table(results)]
+    return "\n".join(_markdown(table) for table in tables if table is not None)
+
+
+def _markdown(table: Table) -> str:
+    lines: list[Sequence[str]] = [table.head, ["---", *["---:"] * (len(table.head) - 1)]]
+    lines += [[cell.text for cell in row] for row in table.rows]
+    rows = "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
+    return f"{table.caption}.\n\n{rows}"
+
+
+def _value(arm: ArmValues, column: str) -> Cell:
+    metric = arm.metric(column)
+    return Cell(NONE) if metric is None else Cell(metric.describe(), metric.mean)
+
+
+def _what(arm: ArmValues) -> str:
+    return " ".join(arm.command) if arm.command is not None else ", ".join(arm.changes) or "the base recipe"

@@ -1,0 +1,116 @@
+"""What a sweep's `results.json` is: every value of every run, by arm and seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_ssl_or.runs.labels import MetricLabel, metric_label, printable
+from hf_ssl_or.runs.results import SCHEMA_VERSION, Environment, Metric, Record
+from hf_ssl_or.runs.statistics import Difference, paired_difference, summarize
+
+MARK = "sweep.json"  # the file that makes a folder a sweep's
+TABLE = "table.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunValues(Record):
+    """One run.
+
+    Attributes:
+        seed: Its seed.
+        metrics: Values by column; none for a run that has failed or has not been run.
+        failure: Why it has failed.
+        environment: Software and kind of device; None for a command, and where there are no metrics.
+        weights_sha256: Hash of the weights that were evaluated.
+    """
+
+    seed: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    environment: Environment | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmValues(Record):
+    """The runs of one arm, or of one cell of the grid.
+
+    Attributes:
+        name: Its name.
+        changes: Settings that make it differ from the base recipe, as overrides.
+        cell: Values of the grid's axes.
+        command: What was run in place of a recipe.
+        runs: One per seed.
+    """
+
+    name: str
+    changes: list[str] = field(default_factory=list)
+    cell: dict[str, Any] = field(default_factory=dict)
+    command: list[str] | None = None
+    runs: list[RunValues]
+
+    def values(self, column: str) -> dict[int, float]:
+        """Returns the values of a column by seed."""
+        return {run.seed: run.metrics[column] for run in self.runs if column in run.metrics}
+
+    def metric(self, column: str) -> Metric | None:
+        """Returns mean and standard deviation of a column over seeds; None without a value."""
+        values = list(self.values(column).values())
+        return summarize(values) if values else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why a run of the arm has failed, the first one."""
+        failed = [run for run in self.runs if run.failure is not None]
+        return f"seed {failed[0].seed}: {failed[0].failure}" if failed else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResults(Record):
+    """A sweep, finished or not.
+
+    Attributes:
+        schema_version: Version of this form.
+        name: Its name.
+        arms: In the order of the file; differences are to the first.
+        grid: Values of each axis by dotted setting.
+        columns: What tables show: the headline of each protocol, label-free measures, minutes.
+        select: The column by which an arm is selected.
+        figures: Columns to draw; None takes those of `columns` that are accuracies.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    arms: list[ArmValues]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    columns: list[str]
+    select: str | None = None
+    figures: list[str] | None = None
+
+    @property
+    def selected(self) -> str | None:
+        """Name of the arm with the best mean of the column `select`; None without."""
+        if self.select is None:
+            return None
+        goodness = column_label(self.select).goodness
+        means = {arm.name: metric.mean for arm in self.arms if (metric := arm.metric(self.select)) is not None}
+        return max(means, key=lambda name: goodness(means[name]), default=None)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why a run has failed, by arm."""
+        return {arm.name: arm.failure for arm in self.arms if arm.failure is not None}
+
+    def difference(self, arm: ArmValues, column: str) -> Difference | None:
+        """Returns the paired difference of an arm to the first; None for the first and where no seed has both."""
+        first = self.arms[0]
+        return None if arm is first else paired_difference(arm.values(column), first.values(column))
+
+
+def column_label(column: str) -> MetricLabel:
+    """Returns how a column is shown: "knn/top1_k20" is top-1 of the protocol knn, "dtd/knn/top1_k20" that on dtd."""
+    *where, measure = column.split("/")
+    label = metric_label(measure)
+    name = printable(" ".join([*where, label.name]))
+    return MetricLabel(name, label.meaning, label.better, label.unit)

@@ -1,0 +1,302 @@
+"""The file of a sweep: a base recipe, named changes to it, a grid, seeds, and what is compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.protocols import get_protocol
+from hf_ssl_or.recipe import Recipe, load_recipe, read_yaml, recipe_from_dict
+from hf_ssl_or.settings import unknown_setting
+from hf_ssl_or.training.checkpoint_choice import MEASURES
+
+KEYS = ("name", "recipe", "overrides", "arms", "grid", "seeds", "evaluate", "select", "figures")
+LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
+VALIDATION = ("validation", "valid", "val", "dev")
+BASE = "base"  # name of the only arm where there is just a grid
+_NAME = re.compile(r"\w[\w.+-]*")
+_UNSAFE = re.compile(r"[^\w.=+-]+")
+
+Load = Callable[[Sequence[str]], Recipe]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """An arm, or one cell of the grid within it.
+
+    Attributes:
+        name: Its name, which is its folder's.
+        changes: What it changes in the base recipe, as overrides.
+        cell: Values of the grid's axes by dotted setting.
+        recipe: The recipe, but for the seed; None for a command.
+        command: Arguments of a program with {output} and {seed}; None for a recipe.
+    """
+
+    name: str
+    changes: tuple[str, ...] = ()
+    cell: Mapping[str, Any]
+    recipe: Recipe | None = None
+    command: tuple[str, ...] | None = None
+
+    def description(self) -> dict[str, Any]:
+        """Returns plain data that says what is run."""
+        return {"command": list(self.command)} if self.recipe is None else self.recipe.to_dict()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep, read and checked.
+
+    Attributes:
+        name: Name of the file, or what its `name` says.
+        arms: What is run.
+        seeds: Each arm runs once with every seed.
+        grid: Values by dotted setting.
+        datasets: Data sets that the encoders are evaluated on besides their own; none for no transfer.
+        protocols: How they are evaluated there; None takes the default protocols.
+        select: The column by which an arm is selected.
+        figures: Columns to draw; None takes the headlines.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    grid: Mapping[str, list[Any]]
+    datasets: tuple[str, ...] = ()
+    protocols: tuple[str, ...] | None = None
+    select: str | None = None
+    figures: tuple[str, ...] | None = None
+
+
+def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
+    """Reads a sweep.
+
+    Args:
+        source: A YAML file, or its content.
+
+    Raises:
+        InputError: A key, an arm or the grid is wrong; the message names it.
+    """
+    if isinstance(source, Mapping):
+        return _Reader(dict(source), str(source.get("name", "sweep")), Path()).plan()
+    path = Path(source)
+    return _Reader(read_yaml(path), str(path), path.parent, path.stem).plan()
+
+
+class _Reader:
+    def __init__(self, tree: dict[str, Any], source: str, folder: Path, name: str = "sweep") -> None:
+        self.tree, self.source, self.folder = tree, source, folder
+        for key in tree:
+            if key not in KEYS:
+                raise self.error(unknown_setting("key", str(key), list(KEYS)))
+        self.name = str(tree.get("name", name))
+        if not _NAME.fullmatch(self.name):
+            raise self.error(f"name: {self.name!r}: letters, digits and . + - _ only, as it is a folder's")
+
+    def error(self, problem: object) -> InputError:
+        return InputError(f"{self.source}: {problem}")
+
+    def plan(self) -> Plan:
+        evaluate = self._evaluate()
+        grid = self._grid()
+        arms = tuple(self._arms(grid, evaluate))
+        self._refuse_twins(arms)
+        select = self.tree.get("select")
+        if select is not None:
+            self._check_select(select, arms)
+        figures = self._words("figures") if self.tree.get("figures") is not None else None
+        return Plan(
+            name=self.name,
+            arms=arms,
+            seeds=self._seeds(arms),
+            grid=grid,
+            datasets=evaluate.get("datasets", ()),
+            protocols=evaluate.get("protocols"),
+            select=select,
+            figures=figures,
+        )
+
+    # -- the keys -----------------------------------------------------------------------------------------------------
+
+    def _words(self, key: str, value: Any = None) -> tuple[str, ...]:
+        value = self.tree.get(key) if value is None else value
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{key}: a list of names is wanted, not {value!r:.80}")
+        if len(set(value)) < len(value):
+            raise self.error(f"{key}: names one twice: {', '.join(value)}")
+        return tuple(value)
+
+    def _evaluate(self) -> dict[str, Any]:
+        value = self.tree.get("evaluate") or {}
+        if not isinstance(value, Mapping):
+            raise self.error(f"evaluate: datasets and protocols are wanted, not {value!r:.80}")
+        for key in value:
+            if key not in ("datasets", "protocols"):
+                raise self.error(unknown_setting("key in evaluate", str(key), ["datasets", "protocols"]))
+        found = {key: self._words(f"evaluate.{key}", names) for key, names in value.items() if names is not None}
+        for name in found.get("protocols", ()):
+            try:
+                get_protocol(name)
+            except InputError as error:
+                raise self.error(f"evaluate.protocols: {error}") from error
+        return found
+
+    def _grid(self) -> dict[str, list[Any]]:
+        grid = self.tree.get("grid") or {}
+        if not isinstance(grid, Mapping):
+            raise self.error(f"grid: dotted settings with lists of values are wanted, not {grid!r:.80}")
+        for key, values in grid.items():
+            self._refuse_seed(f"grid.{key}", str(key))
+            if not isinstance(values, list) or not values:
+                raise self.error(f"grid.{key}: a list of values is wanted, not {values!r:.80}")
+            if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
+                raise self.error(f"grid.{key}: has a value twice: {values}")
+        return {str(key): values for key, values in grid.items()}
+
+    def _seeds(self, arms: Sequence[Arm]) -> tuple[int, ...]:
+        recipes = [arm.recipe for arm in arms if arm.recipe is not None]
+        seeds = self.tree.get("seeds", [recipes[0].training.seed if recipes else 0])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise self.error(f"seeds: a list of whole numbers of 0 or more is wanted, not {seeds!r:.80}")
+        if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+            raise self.error(f"seeds: {twice[0]} is given twice")
+        return tuple(seeds)
+
+    def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
+        """Refuses a column of test images: who selects by it reports the best of many, not a result."""
+        if select in LABEL_FREE:
+            return
+        for arm in arms:
+            data = None if arm.recipe is None else arm.recipe.evaluation_data or arm.recipe.data
+            is_own = isinstance(select, str) and select.count("/") < 2  # not of a data set of `evaluate`
+            if not is_own or data is None or data.test_split not in VALIDATION:
+                split = "" if data is None else f" (arm {arm.name}: split {data.test_split!r})"
+                raise self.error(
+                    f"select: {select!r} may be measured on test images{split}; take one of {', '.join(LABEL_FREE)}, "
+                    "or set data.test_split: validation"
+                )
+
+    # -- arms ---------------------------------------------------------------------------------------------------------
+
+    def _arms(self, grid: Mapping[str, list[Any]], evaluate: Mapping[str, Any]) -> Iterator[Arm]:
+        named = self.tree.get("arms") or {}
+        if not isinstance(named, Mapping):
+            raise self.error(f"arms: names with lists of changes are wanted, not {named!r:.80}")
+        if not named and not grid:
+            raise self.error("arms, grid: name one of them, there is nothing to compare")
+        named = named or {BASE: []}
+        if any(not _is_command(value) for value in named.values()):
+            load = self._base(evaluate)
+            base = load([])
+        for name, value in named.items():
+            where = f"arms.{name}"
+            if not _NAME.fullmatch(str(name)):
+                raise self.error(f"{where}: letters, digits and . + - _ only, as the name is a folder's")
+            if _is_command(value):
+                yield self._command(str(name), value)
+                continue
+            changes = self._changes(where, value)
+            if changes and self._load(load, changes, where) == base:
+                told = ", ".join(f"{key}={text}" for key, text in changes.items())
+                raise self.error(f"{where}: changes nothing: {told} is the base recipe; write [] for the base itself")
+            if both := changes.keys() & grid.keys():
+                raise self.error(f"{where}: sets {min(both)}, which the grid sets too")
+            for cell in (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())):
+                all_changes = changes | {key: _text(value) for key, value in cell.items()}
+                full = _cell_name("" if cell and name == BASE else str(name), cell)
+                place = f"grid, {full}" if cell else where
+                yield Arm(
+                    name=full,
+                    changes=tuple(f"{key}={text}" for key, text in all_changes.items()),
+                    cell=cell,
+                    recipe=self._load(load, all_changes, place),
+                )
+
+    def _base(self, evaluate: Mapping[str, Any]) -> Load:
+        """Returns what loads the base recipe with further changes; nothing is read for arms that are all commands."""
+        base = self.tree.get("recipe")
+        overrides = [f"{key}={text}" for key, text in self._changes("overrides", self.tree.get("overrides")).items()]
+        if "protocols" in evaluate and "datasets" not in evaluate:
+            overrides.append(f"evaluation.protocols={_text(list(evaluate['protocols']))}")
+        if isinstance(base, Mapping):
+            return lambda changes: recipe_from_dict(base, f"{self.source}: recipe", [*overrides, *changes])
+        if not isinstance(base, str):
+            raise self.error("recipe: name a recipe that the arms change, or write it here")
+        beside = self.folder / base
+        path = beside if any(beside.parent.glob(f"{beside.stem.partition('-')[0]}*")) else Path(base)
+        return lambda changes: load_recipe(path, [*overrides, *changes])
+
+    def _load(self, load: Load, changes: Mapping[str, str], where: str) -> Recipe:
+        try:
+            return load([f"{key}={text}" for key, text in changes.items()])
+        except InputError as error:
+            raise self.error(f"{where}: {error}") from error
+
+    def _changes(self, where: str, value: Any) -> dict[str, str]:
+        """Returns YAML text by dotted setting, of a list of overrides or a mapping."""
+        if isinstance(value, Mapping):
+            changes = {str(key): _text(item) for key, item in value.items()}
+        elif isinstance(value, list) and all(isinstance(item, str) and "=" in item for item in value):
+            pairs = [item.partition("=") for item in value]
+            changes = {key: text for key, _, text in pairs}
+            if len(changes) < len(pairs):
+                keys = [key for key, _, _ in pairs]
+                raise self.error(f"{where}: sets {next(key for key in keys if keys.count(key) > 1)} twice")
+        elif value is None:
+            changes = {}
+        else:
+            raise self.error(f"{where}: a list of settings like training.epochs=5 is wanted, not {value!r:.80}")
+        for key in changes:
+            self._refuse_seed(where, key)
+        return changes
+
+    def _refuse_seed(self, where: str, key: str) -> None:
+        if key in ("training.seed", "training.output_dir"):
+            raise self.error(f"{where}: {key} is the sweep's; write seeds: [0, 1, 2] instead")
+
+    def _command(self, name: str, value: Mapping[str, Any]) -> Arm:
+        where, command = f"arms.{name}.command", value["command"]
+        if len(value) > 1:
+            raise self.error(f"arms.{name}: command goes with nothing else, not {', '.join(map(str, value))}")
+        if (
+            not isinstance(command, list)
+            or not command
+            or not all(type(item) in (str, int, float) for item in command)
+        ):
+            raise self.error(f"{where}: a list of a program and its arguments is wanted, not {command!r:.80}")
+        words = tuple(map(str, command))
+        for place in ("{output}", "{seed}"):
+            if not any(place in word for word in words):
+                raise self.error(f"{where}: has no {place}, so its runs would all be the same one")
+        return Arm(name=name, cell={}, command=words)
+
+    def _refuse_twins(self, arms: Sequence[Arm]) -> None:
+        for one, other in itertools.combinations(arms, 2):
+            if one.description() == other.description():
+                raise self.error(f"arms {one.name}, {other.name}: are the same run; leave one out")
+            if one.name.lower() == other.name.lower():
+                raise self.error(f"arms {one.name}, {other.name}: would share a folder; give them names in arms")
+
+
+def _is_command(arm: Any) -> bool:
+    return isinstance(arm, Mapping) and "command" in arm
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)  # which is YAML, with words in quotes
+
+
+def _cell_name(arm: str, cell: Mapping[str, Any]) -> str:
+    """Names a cell, "so,projector_dim=64": the last part of each key, or all of it where two end alike."""
+    lasts = [key.rpartition(".")[2] for key in cell]
+    parts = []
+    for key, last in zip(cell, lasts, strict=True):
+        value = cell[key] if isinstance(cell[key], str) else _text(cell[key])
+        parts.append(f"{last if lasts.count(last) == 1 else key}={value}")
+    return ",".join(_UNSAFE.sub("-", part).strip("-") for part in [arm, *parts] if part)
