@@ -15,12 +15,46 @@ from accelerate.state import AcceleratorState, GradientState
 
 # Files of more than 15 s, the longest first: with several workers none of them is left for the end. They are the slow
 # lane: `make fast` leaves them out.
-SLOW = """
-world_size one_way_to_pixels export resume dying_processes elastic clients push fsdp saved_as_itself verify
-fsdp_any_encoder foreign_encoders front_door adapters stream_training embedding html worked_scripts regularizer
-foreign_models metrics fine_tune other_channels card killed_runs stopped_runs fuzz_encoder_configs fuzz_run_folders
-remote_code model_cards transformers_contract evaluator stream sweep any_module encoder_loading trainer
-""".split()
+SLOW = [
+    "world_size",
+    "one_way_to_pixels",
+    "export",
+    "resume",
+    "dying_processes",
+    "elastic",
+    "clients",
+    "push",
+    "fsdp",
+    "saved_as_itself",
+    "verify",
+    "fsdp_any_encoder",
+    "foreign_encoders",
+    "front_door",
+    "adapters",
+    "stream_training",
+    "embedding",
+    "html",
+    "worked_scripts",
+    "regularizer",
+    "foreign_models",
+    "metrics",
+    "fine_tune",
+    "other_channels",
+    "card",
+    "killed_runs",
+    "stopped_runs",
+    "fuzz_encoder_configs",
+    "fuzz_run_folders",
+    "remote_code",
+    "model_cards",
+    "transformers_contract",
+    "evaluator",
+    "stream",
+    "sweep",
+    "any_module",
+    "encoder_loading",
+    "trainer",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,7 +78,6 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"evaluate": {"dataset": ["x"]}}, "did you mean 'datasets'"),
         ({"evaluate": {"protocols": ["knm"]}}, "did you mean 'knn'"),
         ({"select": "knn/top1_k20"}, "may be measured on test images (arm so: split 'test')"),
-        ({"select": "monitor/knn"}, "may be measured on test images"),
         ({"arms": {"a": {"command": COMMAND[:3]}}}, "arms.a.command: has no {seed}"),
         ({"arms": {"a": {"command": "python x"}}}, "arms.a.command: a list of a program"),
         ({"arms": {"a": {"command": COMMAND, "views.count": 2}}}, "command goes with nothing else"),
