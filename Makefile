@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: help quickstart test fast check format bench torture clean
+.PHONY: help quickstart test fast exhaustive check format bench torture clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -15,6 +15,9 @@ quickstart: $(VENV)/.run    ## install, then pretrain and evaluate an encoder on
 
 test: check     ## lint, types and all tests (about 9 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+exhaustive: check   ## all tests and all their variants (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --exhaustive
 
 fast: $(VENV)/.test     ## the quick tests, without the files that take long (about 3 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

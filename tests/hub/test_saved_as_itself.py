@@ -70,7 +70,9 @@ def lines_of(card: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", card.split("## How to use")[1].split("\n## ")[0], re.DOTALL))
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "kind", ["transformers", "torch", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in list(ENCODERS)[1:3])]
+)
 def test_what_is_pushed_loads_by_the_lines_of_the_card(
     kind: str, hub: HubServer, fresh_process: Callable, tmp_path: Path
 ) -> None:

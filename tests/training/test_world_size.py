@@ -12,22 +12,27 @@ from pathlib import Path
 import pytest
 from processes import run_all
 from safetensors.torch import load_file
-from world_worker import CASES, STEPS, main
+from world_worker import CASES, DTYPES, STEPS, main
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-SETTINGS = {"one": (1, 1), "two accumulated": (2, 2), "four": (4, 1)}  # processes, accumulation steps
-# What a test run compares: each number of processes once, and each type once.
-COMPARED = [("two accumulated", "float32"), ("four", "float64")]
+SETTINGS = {"one": (1, 1), "two accumulated": (2, 2), "four": (4, 1)}  # processes, parts of a batch
+# Four processes take minutes: a test run has them for methods that share queues, prototypes, sub-batches or teachers.
+FOUR = [case for case in CASES if case[0] in ("barlow_twins", "byol", "dino", "moco_v2", "swav", "wmse")]
+COMPARED = [("two accumulated", "float32", case) for case in CASES] + [("four", "float64", case) for case in FOUR]
+REST = [("two accumulated", "float64", case) for case in CASES]
+REST += [("four", "float64", case) for case in CASES if case not in FOUR]
+
+Compared = tuple[str, str, tuple[str, str]]
 
 
-def train_all(root: Path, pairs: list[tuple[str, str]], steps: int) -> None:
-    """Some steps of every method: one process on the whole batch, two and four on shards, with accumulation or not."""
+def train_all(root: Path, compared: list[Compared], steps: int) -> None:
+    """Some steps of methods: one process on the whole batch, two and four on shards, in parts of the batch or not."""
     cache = {"HF_SSL_OR_CACHE": str(root / "cache")}
-    for name, (processes, accumulation) in SETTINGS.items():
+    for name, (processes, parts) in SETTINGS.items():
         (root / name).mkdir()
-        dtypes = [dtype for other, dtype in pairs if other == name]
-        log = root / f"{name}.log"
-        run_all(main, root / name, accumulation, steps, *dtypes, log=log, count=processes, environment=cache)
+        wanted = {dtype: [c for s, d, c in compared if d == dtype and name in ("one", s)] for dtype in DTYPES}
+        runs = {dtype: list(dict.fromkeys(cases)) for dtype, cases in wanted.items()}
+        run_all(main, root / name, parts, steps, runs, log=root / f"{name}.log", count=processes, environment=cache)
 
 
 def differences(root: Path, setting: str, case: str) -> dict[str, float]:
@@ -45,15 +50,20 @@ def differences(root: Path, setting: str, case: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     root = tmp_path_factory.mktemp("world")
-    train_all(root, COMPARED, steps=3)
+    more = REST if request.config.getoption("exhaustive") else []
+    train_all(root, COMPARED + more, steps=3)
     return root
 
 
-@pytest.mark.parametrize(("method", "batch_norm"), CASES)
-@pytest.mark.parametrize(("setting", "dtype"), COMPARED)
-def test_equals_one_process_on_the_whole_batch(root: Path, setting: str, method: str, batch_norm: str, dtype: str):
+@pytest.mark.parametrize(
+    ("setting", "dtype", "case"),
+    [*COMPARED, *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in REST)],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_equals_one_process_on_the_whole_batch(root: Path, setting: str, dtype: str, case: tuple[str, str]):
+    method, batch_norm = case
     found = differences(root, setting, f"{method}-{batch_norm}-{dtype}")
     for name, difference in found.items():
         assert difference <= TOLERANCE[dtype], f"{name}: {difference:.2e}"
@@ -74,5 +84,6 @@ def print_table(root: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        train_all(Path(folder), [], STEPS)
+        every = [(setting, dtype, c) for setting in SETTINGS for dtype in TOLERANCE for c in CASES]
+        train_all(Path(folder), every, STEPS)
         print_table(Path(folder))

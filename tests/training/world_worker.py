@@ -74,10 +74,11 @@ def train(name: str, accumulation: int, batch_norm: str, folder: Path, dtype: to
     return {"losses": torch.stack(losses), **state}, trainer.accelerator.is_main_process
 
 
-def main(folder: Path, accumulation: int, steps: int, *dtypes: str) -> None:
+def main(folder: Path, accumulation: int, steps: int, runs: dict[str, list[tuple[str, str]]]) -> None:
+    """Trains the methods, each with its batch norm, that `runs` names for each type of numbers."""
     torch.set_num_threads(1)
-    for dtype in dtypes or DTYPES:
-        for name, batch_norm in CASES:
+    for dtype, cases in runs.items():
+        for name, batch_norm in cases:
             result, is_main = train(name, accumulation, batch_norm, folder / "run", DTYPES[dtype], steps)
             if is_main:
                 save_file(result, folder / f"{name}-{batch_norm}-{dtype}.safetensors")
