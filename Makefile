@@ -13,7 +13,7 @@ quickstart: $(VENV)/.run    ## install, then pretrain and evaluate an encoder on
 	rm -rf $(RUN)
 	$(BIN)/hf-ssl-or train recipes/quickstart.yaml --output $(RUN)
 
-test: check     ## lint, types and all tests (about 9 minutes on 2 cores)
+test: check     ## lint, types and all tests (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 exhaustive: check   ## all tests and all their variants (about 15 minutes on 2 cores)
