@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class OwnNet(nn.Module):
-    """Gives a map in a dict, which is averaged over space."""
+    """Returns a map in a dict, which is averaged over space."""
 
     def __init__(self) -> None:
         super().__init__()

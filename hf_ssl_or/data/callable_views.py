@@ -200,12 +200,15 @@ class Failure:
 
     @classmethod
     def of(cls, error: InputError) -> Failure:
-        """Takes the error's cause along where it can travel, else its traceback."""
-        try:
-            pickle.loads(pickle.dumps(error.__cause__))
-        except Exception:  # pickle fails in more ways than can be listed
-            return cls(str(error), RuntimeError("".join(traceback.format_exception(error.__cause__))))
-        return cls(str(error), error.__cause__)
+        """Takes the error's cause along: one of Python's own as it is, of any other its traceback as text.
+
+        An exception of somebody's own class may not come back from the worker's queue.
+        """
+        cause = error.__cause__
+        plain = cause is None or all(isinstance(value, str | int | float | None) for value in cause.args)
+        if plain and type(cause).__module__ == "builtins":
+            return cls(str(error), cause)
+        return cls(str(error), RuntimeError("".join(traceback.format_exception(cause))))
 
 
 def render_all(

@@ -191,6 +191,11 @@ class RunRecord:
             return None
         return content
 
+    def load_all(self) -> None:
+        """Reads arrays and the picture now, so that `problems` and `notes` name those that are damaged."""
+        for name in ("spectra", "features", "neighbors", "views_picture"):
+            getattr(self, name)
+
     def weight(self, name: str) -> np.ndarray | None:
         """Returns one weight of the saved encoder as a float32 matrix (outputs, inputs * kernel), or None."""
         path = self.folder / layout.ENCODER / "model.safetensors"
@@ -268,8 +273,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     runs = [read_run(folder) for folder in unique]
     for run, name in zip(runs, _names(unique), strict=True):
         run.name = name
-        for _ in (run.spectra, run.features, run.neighbors, run.views_picture):
-            pass  # what is damaged is in the notes now
+        run.load_all()
     return runs
 
 

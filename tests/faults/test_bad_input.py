@@ -58,7 +58,7 @@ def within(header: int) -> int:
     "end", [within, lambda header: header + 100, lambda header: header], ids=["an image", "a header", "neither"]
 )
 def test_a_shard_cut_in_the_middle_is_named(end: Callable[[int], int], tmp_path: Path) -> None:
-    """Also where it is cut between two images: half a data set is not mistaken for a complete one."""
+    """Also where it is cut between two images: half a data set does not pass as a complete one."""
     shard = tmp_path / "images.tar"
     header = write_shard(shard, 64)[32]
     shard.write_bytes(shard.read_bytes()[: end(header)])
