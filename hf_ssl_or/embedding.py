@@ -30,6 +30,7 @@ from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.loading import load_images
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.curation import Curation, Findings, curate
 from hf_ssl_or.evaluation.embeddings import Embeddings
@@ -48,7 +49,6 @@ from hf_ssl_or.evaluation.feature_file import (
     write_features,
 )
 from hf_ssl_or.evaluation.features import evaluating
-from hf_ssl_or.evaluation.labeled import find_dataset
 from hf_ssl_or.evaluation.neighbors import as_rgb
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import preprocessing_of

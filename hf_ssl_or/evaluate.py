@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import yaml
 
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.evaluation.evaluator import evaluate_encoder
-from hf_ssl_or.evaluation.labeled import find_dataset, load_labeled
+from hf_ssl_or.evaluation.labeled import load_labeled
 from hf_ssl_or.evaluation.transfer import evaluate_transfer, markdown_table
 from hf_ssl_or.launcher import cpu_is_forced, refuse_launcher_settings
 from hf_ssl_or.recipe import Recipe, load_recipe, recipe_from_dict

@@ -133,7 +133,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: A file, key or value is wrong; the message names it.
     """
-    return recipe_from_dict(_read_variant(Path(path)), str(path), overrides)
+    return recipe_from_dict(read_variant(Path(path)), str(path), overrides)
 
 
 def recipe_from_dict(tree: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -282,8 +282,15 @@ def _parse(text: str, source: str) -> Any:
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _read_variant(path: Path) -> dict[str, Any]:
-    """Reads a recipe file, with the changes of the variants in its name where only a shorter name is a file."""
+def read_variant(path: Path) -> dict[str, Any]:
+    """Reads a YAML file, with the changes of the variants in its name where only a shorter name is a file.
+
+    Args:
+        path: "resnet18-srip.yaml" is resnet18.yaml with what its variant `srip` changes, if it is no file itself.
+
+    Raises:
+        InputError: It cannot be read, or has no such variant.
+    """
     file, names = path, list[str]()
     while not file.exists() and "-" in file.stem[1:]:
         stem, _, name = file.stem.rpartition("-")

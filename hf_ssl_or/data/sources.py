@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from hf_ssl_or.data.hf_dataset import is_saved, load_tables, loading, open_table
 from hf_ssl_or.data.image_files import extension
 from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
 from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.data.splits import SPLITS, find_split, splits_in
 from hf_ssl_or.data.webdataset import TarSource, expand_braces, expand_shards
@@ -86,6 +88,7 @@ def list_splits(arguments: DataArguments) -> list[str]:
 
 def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSource]]:
     """Returns the splits of a data set, and what opens one."""
+    arguments = replace(arguments, dataset=find_dataset(arguments.dataset))
     dataset, kind = arguments.dataset, _kind(arguments.dataset)
     train, both = arguments.train_split, list(dict.fromkeys((arguments.train_split, arguments.test_split)))
     if kind == "shapes":

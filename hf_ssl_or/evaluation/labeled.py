@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
-from pathlib import Path
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet, same_labels
@@ -92,14 +90,6 @@ def _unlabeled(data: DataArguments, split: str) -> InputError:
         f"{data.dataset}: split {split!r} has no labels, or not for every image, which kNN and probes need; "
         "set data.label_column, or evaluate on another set"
     )
-
-
-def find_dataset(name: str) -> str:
-    """Finds a data set by its name in the folder `$HF_SSL_OR_DATA`; any other name stays as it is."""
-    folder = os.environ.get("HF_SSL_OR_DATA")
-    if folder and not Path(name).expanduser().exists() and (Path(folder) / name).is_dir():
-        return str(Path(folder) / name)
-    return name
 
 
 def find_test_split(data: DataArguments) -> DataArguments:

@@ -13,10 +13,11 @@ import torch
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoder_loading import FrozenEncoder, load_encoder
 from hf_ssl_or.evaluation.evaluator import EvaluationArguments, Evaluator
-from hf_ssl_or.evaluation.labeled import find_dataset, find_test_split, load_labeled
+from hf_ssl_or.evaluation.labeled import find_test_split, load_labeled
 from hf_ssl_or.evaluation.protocols import Protocol, get_protocol
 from hf_ssl_or.evaluation.store import Store
 

@@ -45,7 +45,7 @@ class BarlowTwinsConfig(ProjectorConfig):
             together ("all_views", the code of Ghosh et al.).
     """
 
-    projector_hidden: int = 256  # small projectors: hidden = D; solo-learn, CIFAR: 2048
+    projector_hidden: int | Literal["same"] = 256  # small projectors: hidden = D; solo-learn, CIFAR: 2048
     projector_dim: int = 256  # solo-learn, CIFAR: 2048; the paper, ImageNet: 8192
     projector_layers: int = 2  # the paper: 3
     beta: float | int | Literal["auto"] = "auto"  # the paper: 0.0051
@@ -155,5 +155,5 @@ class BarlowTwins(ProjectionMethod):
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the projections of the views."""
         config = self.config
-        beta = auto_beta(config.projector_dim) if config.beta == "auto" else config.beta
+        beta = auto_beta(self.projection_dim) if config.beta == "auto" else config.beta
         return barlow_twins_loss(z_VND, beta, config.scale, config.standardize)

@@ -5,11 +5,13 @@ A base class holds what its methods would repeat: settings, heads, the forward. 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from hf_ssl_or.distributed import gather_batch
-from hf_ssl_or.methods.base import SSLMethod, require_positive, require_share
+from hf_ssl_or.methods.base import SSLMethod, require_at_least, require_positive, require_share
 from hf_ssl_or.methods.heads import ProjectionHead
 from hf_ssl_or.methods.teacher import MomentumTeacher, cosine_momentum
 from hf_ssl_or.settings import settings
@@ -26,18 +28,20 @@ class ProjectorConfig:
     """Settings of every method with a projector.
 
     Attributes:
-        projector_hidden: Width of the projector's hidden layers.
+        projector_hidden: Width of the projector's hidden layers; "same" is that of the projections.
         projector_dim: D, the width of the projections.
-        projector_layers: Number of linear layers.
+        projector_layers: Number of linear layers; 0 for no projector: the loss is one of the encoder's features then,
+            and D their width, whatever `projector_dim` says.
     """
 
-    projector_hidden: int = 2048
+    projector_hidden: int | Literal["same"] = 2048
     projector_dim: int = 256
     projector_layers: int = 2
 
     def validate_projector(self) -> None:
         """Checks that the projector's sizes make sense."""
-        require_positive(self, "projector_hidden", "projector_dim", "projector_layers")
+        require_at_least(self, 0, "projector_layers")
+        require_positive(self, "projector_dim", *(["projector_hidden"] if self.projector_hidden != "same" else []))
 
 
 class ProjectionMethod(SSLMethod, abstract=True):
@@ -54,10 +58,18 @@ class ProjectionMethod(SSLMethod, abstract=True):
         """Builds the projector, F -> D; a method with another one overrides this."""
         return self.projection_head()
 
-    def projection_head(self, **form: bool) -> ProjectionHead:
-        """Builds a head of the settings' sizes; `form` goes to `ProjectionHead`."""
+    @property
+    def projection_dim(self) -> int:
+        """D, the width of what the loss compares."""
+        return self.config.projector_dim if self.config.projector_layers else self.feature_size
+
+    def projection_head(self, **form: bool) -> nn.Module:
+        """Builds a head of the settings' sizes, or none for no layers; `form` goes to `ProjectionHead`."""
         config = self.config
-        sizes = self.feature_size, config.projector_hidden, config.projector_dim
+        if not config.projector_layers:
+            return nn.Identity()
+        hidden = config.projector_dim if config.projector_hidden == "same" else config.projector_hidden
+        sizes = self.feature_size, hidden, config.projector_dim
         return ProjectionHead(*sizes, layers=config.projector_layers, **form)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

@@ -11,6 +11,8 @@ mean is not scaled back to unit length: its length says how far the targets agre
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
@@ -29,7 +31,7 @@ class BYOLConfig(MomentumConfig):
         predictor_hidden: Width of the predictor's hidden layer.
     """
 
-    projector_hidden: int = 4096  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 4096  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # the paper; solo-learn, CIFAR
     predictor_hidden: int = 4096  # the paper; solo-learn, CIFAR
     momentum: float | int = 0.99  # solo-learn, CIFAR; the paper, 1000 epochs of ImageNet: 0.996
@@ -67,7 +69,7 @@ class BYOL(MomentumMethod):
     def build_heads(self) -> None:
         """Adds the predictor."""
         super().build_heads()
-        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
+        self.predictor = PredictionHead(self.projection_dim, self.config.predictor_hidden)
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Predicts the teacher's projections of the other views."""

@@ -11,6 +11,8 @@ positives cost V. At V = 2 the negatives are both views of the other images: the
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
@@ -28,7 +30,7 @@ class DCLConfig(ProjectorConfig):
         temperature: Divides the cosines.
     """
 
-    projector_hidden: int = 512  # lightly, CIFAR: the width of ResNet-18's features
+    projector_hidden: int | Literal["same"] = 512  # lightly, CIFAR: the width of ResNet-18's features
     projector_dim: int = 128  # lightly, CIFAR
     projector_layers: int = 2
     temperature: float | int = 0.1  # lightly, CIFAR

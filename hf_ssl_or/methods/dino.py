@@ -13,6 +13,8 @@ ones, and stays it for more; its cost is that of the views, as `swapped_cross_en
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class DINOConfig(MomentumConfig):
         center_momentum: Share of itself that the center keeps in a step.
     """
 
-    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # the paper; solo-learn, CIFAR
     projector_layers: int = 3  # the paper; solo-learn
     projector_norm: bool = False  # the paper; solo-learn
@@ -122,7 +124,7 @@ class DINO(MomentumMethod):
         """Builds the MLP and the prototypes as one module, of which the teacher has a copy."""
         config = self.config
         mlp = self.projection_head(norm=config.projector_norm, gelu=True)
-        return nn.Sequential(mlp.apply(_initialize), PrototypeHead(config.projector_dim, config.prototypes))
+        return nn.Sequential(mlp.apply(_initialize), PrototypeHead(self.projection_dim, config.prototypes))
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:
         """Compares the student's assignments of all views with the teacher's of the global views."""

@@ -14,6 +14,8 @@ number. |C|_F is that of u u^T as well, so the smaller of the D x D and the N x 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ class FroSSLConfig(ProjectorConfig):
         invariance_weight: Weight of the squared distance of views.
     """
 
-    projector_hidden: int = 2048  # the authors' code, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the authors' code, CIFAR
     projector_dim: int = 1024  # the authors' code, CIFAR
     projector_layers: int = 3  # the authors' code
     invariance_weight: float | int = 1.0  # the authors' code, CIFAR

@@ -16,7 +16,7 @@ them than one at a time. Processes add up their sums over images; they exchange 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class LeJEPAConfig(ProjectorConfig):
         largest_frequency: Where the integral ends.
     """
 
-    projector_hidden: int = 2048  # the authors' example; lightly
+    projector_hidden: int | Literal["same"] = 2048  # the authors' example; lightly
     projector_dim: int = 64  # lightly; the authors' example, ten classes of ImageNet: 16
     projector_layers: int = 3  # the authors' example; lightly
     sigreg_weight: float | int = 0.05  # lightly; the paper: 0.01 to 0.1

@@ -15,6 +15,8 @@ value decomposition would wait for the device.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import math
 
 import torch
@@ -37,7 +39,7 @@ class MMCRConfig(ProjectorConfig):
         local_weight: Weight of the mean nuclear norm of each image's views (lambda in the paper).
     """
 
-    projector_hidden: int = 512  # the authors' code, CIFAR
+    projector_hidden: int | Literal["same"] = 512  # the authors' code, CIFAR
     projector_dim: int = 128  # the authors' code, CIFAR
     projector_layers: int = 2  # the authors' code, CIFAR
     local_weight: float | int = 0.0  # the authors' code, CIFAR and ImageNet

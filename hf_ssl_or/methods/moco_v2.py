@@ -15,6 +15,8 @@ original MoCo v2, at half the cost.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +40,7 @@ class MoCoV2Config(MomentumConfig):
         symmetric: Whether every view is a query; otherwise only the first one is.
     """
 
-    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # solo-learn, CIFAR; the paper: 128
     momentum: float | int = 0.99  # solo-learn, CIFAR; the paper: 0.999 throughout
     final_momentum: float | int = 0.999  # solo-learn, CIFAR
@@ -90,7 +92,7 @@ class MoCoV2(MomentumMethod):
     def build_heads(self) -> None:
         """Adds a queue for each view of queries."""
         super().build_heads()
-        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim, per_view=True)
+        self.queue = FeatureQueue(self.config.queue_size, self.projection_dim, per_view=True)
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
         """Also fills the queues, one for each view of queries."""

@@ -10,6 +10,8 @@ both directions; the factor 2 T, also published, makes gradients depend less on 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class MoCoV3Config(MomentumConfig):
         predictor_norm: Batch normalization at the predictor's end too.
     """
 
-    projector_hidden: int = 4096  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 4096  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # the paper; solo-learn, CIFAR
     projector_layers: int = 2  # the authors' code and solo-learn, ResNet; vision transformers: 3
     momentum: float | int = 0.99  # solo-learn, CIFAR; the authors' code, but for 1000 epochs: 0.996
@@ -67,7 +69,7 @@ class MoCoV3(MomentumMethod):
         """Adds the predictor."""
         super().build_heads()
         config = self.config
-        self.predictor = PredictionHead(config.projector_dim, config.predictor_hidden, last_norm=config.predictor_norm)
+        self.predictor = PredictionHead(self.projection_dim, config.predictor_hidden, last_norm=config.predictor_norm)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalization at its end."""

@@ -48,7 +48,7 @@ class NNBYOL(BYOL):
     def build_heads(self) -> None:
         """Adds the queue."""
         super().build_heads()
-        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim)
+        self.queue = FeatureQueue(self.config.queue_size, self.projection_dim)
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
         """Also checks that the queue is a multiple of the batch."""

@@ -11,6 +11,8 @@ published, the queue takes the projections of one view, the first.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from hf_ssl_or.distributed import gather_batch
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.base_methods import ASYMMETRIC_VIEWS, ProjectionMethod, ProjectorConfig
 from hf_ssl_or.methods.functional import contrast, full_precision, negative_cosine
-from hf_ssl_or.methods.heads import PredictionHead
+from hf_ssl_or.methods.heads import PredictionHead, ProjectionHead
 from hf_ssl_or.methods.queue import FeatureQueue
 from hf_ssl_or.settings import settings
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput
@@ -34,7 +36,7 @@ class NNCLRConfig(ProjectorConfig):
         queue_size: Q, among how many earlier images neighbors are sought; a multiple of the batch size.
     """
 
-    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the paper; solo-learn, CIFAR
     projector_dim: int = 256  # the paper; solo-learn, CIFAR
     projector_layers: int = 3  # the paper; solo-learn
     predictor_hidden: int = 4096  # the paper; solo-learn, CIFAR
@@ -70,8 +72,8 @@ class NNCLR(ProjectionMethod):
     def build_heads(self) -> None:
         """Adds the predictor and the queue."""
         super().build_heads()
-        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
-        self.queue = FeatureQueue(self.config.queue_size, self.config.projector_dim)
+        self.predictor = PredictionHead(self.projection_dim, self.config.predictor_hidden)
+        self.queue = FeatureQueue(self.config.queue_size, self.projection_dim)
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
         """Also checks that the queue is a multiple of the batch."""
@@ -81,7 +83,8 @@ class NNCLR(ProjectionMethod):
     def build_projector(self) -> nn.Module:
         """Builds the projector, with batch normalization (here with scale and shift, as published) at its end."""
         head = self.projection_head(last_norm=True)
-        head.mlp[-1] = nn.BatchNorm1d(head.out_features)
+        if isinstance(head, ProjectionHead):
+            head.mlp[-1] = nn.BatchNorm1d(head.out_features)
         return head
 
     def forward(self, batch: MultiViewBatch) -> SSLOutput:

@@ -10,6 +10,8 @@ they are not to be pushed away, so V = 2 is the published NT-Xent. All pairs sha
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from hf_ssl_or.methods.base import require_positive
@@ -27,7 +29,7 @@ class SimCLRConfig(ProjectorConfig):
         temperature: Divides the cosines.
     """
 
-    projector_hidden: int = 2048  # solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # solo-learn, CIFAR
     projector_dim: int = 256  # solo-learn, CIFAR; the paper: 128
     projector_layers: int = 2
     temperature: float | int = 0.2  # solo-learn, CIFAR; the paper, CIFAR: 0.5

@@ -38,7 +38,7 @@ class SimSiamConfig(ProjectorConfig):
         target: What a view predicts: each of the other views ("pairs"), or their mean ("mean", FastSiam).
     """
 
-    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the paper; solo-learn, CIFAR
     projector_dim: int = 2048  # the paper; solo-learn, CIFAR
     projector_layers: int = 3  # the paper, ImageNet; solo-learn, CIFAR; the paper, CIFAR: 2
     predictor_hidden: int = 512  # the paper; solo-learn, CIFAR
@@ -79,7 +79,7 @@ class SimSiam(ProjectionMethod):
     def build_heads(self) -> None:
         """Adds the predictor."""
         super().build_heads()
-        self.predictor = PredictionHead(self.config.projector_dim, self.config.predictor_hidden)
+        self.predictor = PredictionHead(self.projection_dim, self.config.predictor_hidden)
 
     def build_projector(self) -> nn.Module:
         """Builds the projector, whose output is batch-normalized too."""

@@ -14,6 +14,8 @@ The authors scale the prototypes to unit length after each step; here the forwar
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class SwAVConfig(ProjectorConfig):
         queue_from_step: First step whose codes use the queue, which is also filled first.
     """
 
-    projector_hidden: int = 2048  # the paper; solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 2048  # the paper; solo-learn, CIFAR
     projector_dim: int = 128  # the paper; solo-learn, CIFAR
     prototypes: int = 3000  # the paper; solo-learn, CIFAR
     freeze_prototypes_steps: int = 390  # solo-learn, CIFAR: 2 epochs of 195 steps; the authors' code: 313
@@ -107,9 +109,9 @@ class SwAV(ProjectionMethod):
         """Adds the prototypes and the queue."""
         super().build_heads()
         config, self.queue = self.config, None
-        self.prototypes = PrototypeHead(config.projector_dim, config.prototypes)
+        self.prototypes = PrototypeHead(self.projection_dim, config.prototypes)
         if config.queue_size:
-            self.queue = FeatureQueue(config.queue_size, config.projector_dim, per_view=True)
+            self.queue = FeatureQueue(config.queue_size, self.projection_dim, per_view=True)
 
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
         """Also fills the queue, of the global views."""

@@ -153,7 +153,12 @@ class VIbCReg(ProjectionMethod):
         """Adds IterNorm."""
         super().build_heads()
         config = self.config
-        self.norm = IterNorm(config.projector_dim, config.iternorm_group) if config.iternorm else nn.Identity()
+        if config.iternorm and self.projection_dim % config.iternorm_group:  # without projector, unlike the settings' own
+            raise InputError(
+                f"method.iternorm_group: must divide the encoder's width, {self.projection_dim}, "
+                f"not {config.iternorm_group}"
+            )
+        self.norm = IterNorm(self.projection_dim, config.iternorm_group) if config.iternorm else nn.Identity()
 
     def build_projector(self) -> nn.Module:
         """Builds solo-learn's projector, with GELU."""

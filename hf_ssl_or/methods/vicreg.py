@@ -12,6 +12,8 @@ cost is V such losses in place of V^2.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ class VICRegConfig(ProjectorConfig):
         covariance_weight: Weight of the squared covariances.
     """
 
-    projector_hidden: int = 2048  # solo-learn, CIFAR; the paper, ImageNet: 8192
+    projector_hidden: int | Literal["same"] = 2048  # solo-learn, CIFAR; the paper, ImageNet: 8192
     projector_dim: int = 2048  # solo-learn, CIFAR; Ghosh et al.: 256
     projector_layers: int = 3
     invariance_weight: float | int = 25.0

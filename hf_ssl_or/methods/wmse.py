@@ -12,6 +12,8 @@ the mean of the other views' y at cost V. Sub-batches are samples of the global 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ class WMSEConfig(ProjectorConfig):
         whitening_eps: Share of the identity that is mixed into each covariance.
     """
 
-    projector_hidden: int = 1024  # solo-learn, CIFAR
+    projector_hidden: int | Literal["same"] = 1024  # solo-learn, CIFAR
     projector_dim: int = 64  # the paper and solo-learn, CIFAR
     projector_layers: int = 2
     whitening_size: int | None = None  # the paper and solo-learn, CIFAR: 128, twice D
@@ -52,13 +54,12 @@ class WMSEConfig(ProjectorConfig):
             raise ValueError(f"whitening_eps: lies in [0, 1), not {self.whitening_eps}")
 
 
-def sub_batch_size(config: WMSEConfig, batch_size: int) -> int:
-    """Finds how many images are whitened together.
+def sub_batch_size(size: int | None, dim: int, batch_size: int) -> int:
+    """Finds how many images are whitened together, unless `size` says it.
 
     Raises:
         InputError: No sub-batches of that size, or too few images for the covariance to have full rank.
     """
-    dim, size = config.projector_dim, config.whitening_size
     if size is None:
         size = next((size for size in range(2 * dim, batch_size + 1) if batch_size % size == 0), None)
     if size is None:
@@ -122,11 +123,11 @@ class WMSE(ProjectionMethod):
     def prepare(self, *, num_views: int, batch_size: int, num_local_views: int = 0) -> None:
         """Also checks that sub-batches fit the batch."""
         super().prepare(num_views=num_views, batch_size=batch_size, num_local_views=num_local_views)
-        sub_batch_size(self.config, batch_size)
+        sub_batch_size(self.config.whitening_size, self.projection_dim, batch_size)
 
     def loss(self, z_VND: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the whitened projections of the views."""
-        size = sub_batch_size(self.config, z_VND.shape[1])
+        size = sub_batch_size(self.config.whitening_size, self.projection_dim, z_VND.shape[1])
         order_PN = self.permutations(z_VND.shape[1], batch).to(z_VND.device, non_blocking=True)
         return wmse_loss(z_VND, order_PN, size, self.config.whitening_eps)
 

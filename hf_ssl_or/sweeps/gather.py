@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.labeled import find_dataset
 from hf_ssl_or.evaluation.transfer import short_names
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.labels import printable

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.protocols import get_protocol
-from hf_ssl_or.recipe import Recipe, load_recipe, read_yaml, recipe_from_dict
+from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
@@ -86,7 +86,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     if isinstance(source, Mapping):
         return _Reader(dict(source), str(source.get("name", "sweep")), Path()).plan()
     path = Path(source)
-    return _Reader(read_yaml(path), str(path), path.parent, path.stem).plan()
+    return _Reader(read_variant(path), str(path), path.parent, path.stem).plan()
 
 
 class _Reader:

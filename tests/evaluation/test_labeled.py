@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
-from hf_ssl_or.evaluation.labeled import find_dataset, find_test_split, load_labeled
+from hf_ssl_or.evaluation.labeled import find_test_split, load_labeled
 
 
 def image_folder(folder: Path, splits: dict[str, dict[str, int]], side: int = 12) -> DataArguments:
@@ -94,6 +95,9 @@ def test_names_in_the_folder_of_data_sets(tmp_path: Path, monkeypatch) -> None:
     assert find_dataset("flowers") == "flowers"
     monkeypatch.setenv("HF_SSL_OR_DATA", str(tmp_path))
     assert find_dataset("flowers") == str(tmp_path / "flowers")
+    assert find_dataset("org/flowers") == str(tmp_path / "flowers")
+    (tmp_path / "org" / "flowers").mkdir(parents=True)
+    assert find_dataset("org/flowers") == str(tmp_path / "org" / "flowers")
     assert [find_dataset(name) for name in ("shapes", "org/set", str(tmp_path))] == [
         "shapes",
         "org/set",

@@ -92,7 +92,7 @@ def test_the_method_whitens_sub_batches_of_its_own_draw(make_method):
 
 @pytest.mark.parametrize(("dim", "batch_size", "size"), [(64, 256, 128), (64, 300, 150), (64, 128, 128), (3, 14, 7)])
 def test_sub_batches_have_twice_as_many_images_as_dimensions(dim, batch_size, size):
-    assert sub_batch_size(WMSEConfig(projector_dim=dim), batch_size) == size
+    assert sub_batch_size(None, dim, batch_size) == size
 
 
 @pytest.mark.parametrize(
