@@ -273,5 +273,5 @@ def test_commands_and_an_arm_that_fails(tmp_path: Path, capsys: pytest.CaptureFi
 )
 def test_a_curve_that_is_none(curve: Any, problem: str, tmp_path: Path):
     (tmp_path / "results.json").write_text(json.dumps({"metrics": {"top1": 1}, "curve": curve}))
-    told = command_problem(Arm(name="loop", cell={}, command=("loop",)), tmp_path)
+    told = command_problem(Arm(name="loop", axes={}, command=("loop",)), tmp_path)
     assert told is not None and problem in told and "\n" not in told
