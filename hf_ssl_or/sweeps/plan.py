@@ -13,14 +13,17 @@ from typing import Any
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict, with_defaults
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.time_to import TimeTo
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
 KEYS = (
     *("name", "recipe", "recipes", "overrides", "arms", "grid", "seeds"),
-    *("evaluate", "compare", "select", "figures"),
+    *("evaluate", "compare", "select", "figures", "time_to"),
 )
 LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
+TIMED = ("knn", *(measure for measure in LABEL_FREE if metric_label(measure).better == "higher"))
 VALIDATION = ("validation", "valid", "val", "dev")
 BASE = "base"  # name of the only arm where there is just a grid, or just recipes
 ARM, RECIPE = "arm", "recipe"  # what `compare` calls these axes
@@ -75,6 +78,7 @@ class Plan:
             with the first of all.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
+        time_to: What the arms are timed to.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Plan:
     compare: str | None = None
     select: str | None = None
     figures: tuple[str, ...] | None = None
+    time_to: TimeTo | None = None
 
     def reference(self, arm: Arm) -> Arm | None:
         """Returns the arm that another is compared with; None for what others are compared with."""
@@ -148,6 +153,7 @@ class _Reader:
             compare=compare,
             select=select,
             figures=figures,
+            time_to=self._time_to(arms),
         )
 
     # -- the keys -----------------------------------------------------------------------------------------------------
@@ -209,6 +215,30 @@ class _Reader:
                     f"select: {select!r} may be measured on test images{split}; take one of {', '.join(LABEL_FREE)}, "
                     "or set data.test_split: validation"
                 )
+
+    def _time_to(self, arms: Sequence[Arm]) -> TimeTo | None:
+        value, keys = self.tree.get("time_to"), ["metric", "arm", "value"]
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.error(f"time_to: a metric with an arm or a value is wanted, not {value!r:.80}")
+        for key in value:
+            if key not in keys:
+                raise self.error(unknown_setting("key in time_to", str(key), keys))
+        metric, arm, threshold = (value.get(key) for key in keys)
+        if metric not in TIMED:
+            raise self.error(f"time_to.metric: {unknown('metric', str(metric), TIMED)}")
+        if (arm is None) == (threshold is None):
+            raise self.error("time_to: give arm, whose last value is to be reached, or value: one of them")
+        names = [one.name for one in arms]
+        if arm is not None and arm not in names:
+            raise self.error(f"time_to.arm: {unknown('arm', str(arm), names)}")
+        if threshold is not None and (type(threshold) not in (int, float) or not -1e300 < threshold < 1e300):
+            raise self.error(f"time_to.value: a number is wanted, not {threshold!r:.80}")
+        for one in arms:
+            if one.recipe is not None and not one.recipe.training.monitor_every:
+                raise self.error(f"time_to: arm {one.name} never looks; set training.monitor_every")
+        return TimeTo(metric=metric, arm=arm, value=threshold)
 
     # -- arms ---------------------------------------------------------------------------------------------------------
 

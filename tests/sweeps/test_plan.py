@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.runs.time_to import TimeTo
 from hf_ssl_or.sweeps.plan import read_plan
 
 BASE: dict[str, Any] = {
@@ -119,6 +120,19 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"recipes": {"a": BASE}}, "recipe, recipes: give one"),
         ({"recipes": ["a.yaml"]}, "recipes: names with recipes are wanted"),
         ({"figures": "knn"}, "figures: a list of names"),
+        ({"time_to": "knn"}, "time_to: a metric with an arm or a value"),
+        ({"time_to": {"metric": "knn", "arms": "so"}}, "did you mean 'arm'"),
+        ({"time_to": {"metric": "kNN", "arm": "so"}}, "time_to.metric: unknown metric 'kNN'"),
+        ({"time_to": {"metric": "alpha_req", "value": 1}}, "time_to.metric: unknown metric 'alpha_req'"),
+        ({"time_to": {"metric": "knn", "arm": "nome"}}, "time_to.arm: unknown arm 'nome': did you mean 'none'"),
+        ({"time_to": {"metric": "knn", "arm": "so", "value": 80}}, "time_to: give arm, whose last"),
+        ({"time_to": {"metric": "knn"}}, "time_to: give arm, whose last"),
+        ({"time_to": {"metric": "knn", "value": "80 %"}}, "time_to.value: a number is wanted, not '80 %'"),
+        ({"time_to": {"metric": "knn", "value": float("nan")}}, "time_to.value: a number"),
+        (
+            {"time_to": {"metric": "knn", "value": 80}, "overrides": ["training.monitor_every=0"]},
+            "time_to: arm so never looks; set training.monitor_every",
+        ),
         ({"name": "../x"}, "name: '../x'"),
     ],
 )
@@ -126,6 +140,11 @@ def test_bad_input_is_one_line(keys: dict[str, Any], message: str):
     with pytest.raises(InputError) as told:
         read_plan(sweep(**keys))
     assert message in str(told.value) and "\n" not in str(told.value)
+
+
+def test_what_arms_are_timed_to():
+    assert read_plan(sweep(time_to={"metric": "rankme", "arm": "none"})).time_to == TimeTo(metric="rankme", arm="none")
+    assert read_plan(sweep(time_to={"metric": "knn", "value": 80})).time_to == TimeTo(metric="knn", value=80)
 
 
 def test_a_column_of_a_validation_split_may_select():
