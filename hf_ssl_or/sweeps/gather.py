@@ -16,7 +16,7 @@ from hf_ssl_or.runs.reader import read_run
 from hf_ssl_or.runs.results import Evaluation, read_results
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
 from hf_ssl_or.sweeps.plan import LABEL_FREE, Arm, Plan
-from hf_ssl_or.training.description import identity
+from hf_ssl_or.training.description import first_difference, identity
 
 TRANSFER = "transfer"  # within a run's folder
 _SHOWN = ("rankme", "minutes")
@@ -41,7 +41,8 @@ def is_trained(arm: Arm, seed: int, folder: Path) -> bool:
         except InputError:
             return False  # the command is started again, and what it leaves then counts
     found = read_results(folder / layout.RESULTS).recipe
-    return _decides(found) == _decides(_as_json(arm.recipe.override([f"training.seed={seed}"]).to_dict()))
+    wanted = _as_json(arm.recipe.override([f"training.seed={seed}"]).to_dict())
+    return first_difference(_decides(found), _decides(wanted)) is None  # a setting that came later is null in both
 
 
 def is_transferred(plan: Plan, folder: Path) -> bool:
@@ -61,10 +62,10 @@ def _as_json(tree: Any) -> Any:
     return json.loads(json.dumps(tree))
 
 
-def _decides(recipe: dict[str, Any]) -> Any:
+def _decides(recipe: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of a recipe that decides what a run measures."""
     try:
-        return identity(recipe), recipe["evaluation"], recipe["evaluation_data"]
+        return {**identity(recipe), **{name: recipe[name] for name in ("evaluation", "evaluation_data")}}
     except (KeyError, TypeError) as error:
         raise InputError(f"recipe: lacks {error}; its run is of another version: remove it") from error
 
