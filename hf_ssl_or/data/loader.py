@@ -80,7 +80,9 @@ class ViewLoader:
         self.wait_s = 0.0
         self._schedule: SizeSchedule | None = None
         self._total_steps = 0
-        self._specs = {images.image_size: [views.specs for views in lists]}  # of each list, by size of the global views
+        self._specs = {
+            images.image_size: [views.specs for views in lists]
+        }  # of each list, by size of the global views
         self._prefetch = prefetch and self.device.type == "cuda"
 
     def follow(self, schedule: SizeSchedule, total_steps: int) -> None:

@@ -35,7 +35,9 @@ def check_size_schedule(steps: Any) -> list[list[Any]]:
     if shares[0] != 0:
         raise InputError(f"{_KEY}: the first step begins at 0, not at {shares[0]:g}")
     if any(later <= earlier for earlier, later in zip(shares, shares[1:], strict=False)):
-        raise InputError(f"{_KEY}: each step begins after the one before, not at {', '.join(f'{s:g}' for s in shares)}")
+        raise InputError(
+            f"{_KEY}: each step begins after the one before, not at {', '.join(f'{s:g}' for s in shares)}"
+        )
     return [list(step) for step in steps]
 
 
@@ -95,8 +97,8 @@ class SizeSchedule:
         own, multiple = spec.size or image_size, self.multiple
         side = size if own == self.full_size else own * size / self.full_size
         side = max(multiple, int(side / multiple + 0.5) * multiple)
-        low, high = spec.blur_sigma
-        return replace(spec, size=side, blur_sigma=(low * side / own, high * side / own))
+        low, high, factor = *spec.blur_sigma, side / own
+        return replace(spec, size=side, blur_sigma=(low * factor, high * factor))
 
 
 def full_size(views: Sequence[Any], image_size: int) -> int:

@@ -91,6 +91,7 @@ def training(run: RunRecord) -> str:
     images = "" if run.results is None else f", {run.results.data.images:,} images"
     local = f", and {views['local_count']:d} smaller ones" if views["local_count"] else ""
     whitening, decay_end = recipe["feature_whitening"]["weight"], optimizer.get("weight_decay_end")
+    decay_end = "" if decay_end is None else f" to {decay_end:g}"
     share = "" if data["fraction"] == 1 else f" (a seeded {100 * data['fraction']:g} % of the split)"
     length = "" if loop["max_steps"] else f"{counted(loop['epochs'], 'epoch')}, "
     rows = {
@@ -102,7 +103,7 @@ def training(run: RunRecord) -> str:
         "Feature whitening": f"weight {whitening:g}" if whitening else "none",
         "Length": f"{length}{run.steps:,} steps of {loop['batch_size']:,} images",
         "Optimizer": f"{code(optimizer['name'])}, learning rate {optimizer['lr']:g}, weight decay "
-        f"{optimizer['weight_decay']:g}{'' if decay_end is None else f' to {decay_end:g}'}, schedule {code(optimizer['schedule'])}",
+        f"{optimizer['weight_decay']:g}{decay_end}, schedule {code(optimizer['schedule'])}",
         "Precision": "float32" if loop["mixed_precision"] == "no" else code(loop["mixed_precision"]),
         "Seed": f"{loop['seed']:d}",
     }

@@ -37,7 +37,10 @@ def plot_losses(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws the loss, its terms, the penalty and the learning rate of every run over its steps."""
     lines = {run.name: run.train for run in runs}
     names = _names(
-        lines, first=("loss",), last=("penalty", "grad_norm", "lr", "weight_decay", "view_size"), leave=_NOT_DRAWN | {"images_per_second", *_RATES}
+        lines,
+        first=("loss",),
+        last=("penalty", "grad_norm", "lr", "weight_decay", "view_size"),
+        leave=_NOT_DRAWN | {"images_per_second", *_RATES},
     )
     caption = "Means between two log lines. A logarithmic axis is used where values spread widely."
     return _draw(lines, names, folder, "loss", "Loss and its terms", caption)

@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, a batched LARS, and a learning rate and weight decay that are functions of the step."""
+"""Optimizers: parameter groups, a batched LARS, and functions of the step for learning rate and weight decay."""
 
 from __future__ import annotations
 

@@ -148,12 +148,12 @@ def resolve_size_schedule(
         return None
     every: list[Any] = [*views, *local_views]
     patch = patch_side(encoder)
-    schedule = SizeSchedule(
-        steps=check_size_schedule(steps), full_size=full_size(every, image_size), multiple=patch
-    )
+    schedule = SizeSchedule(steps=check_size_schedule(steps), full_size=full_size(every, image_size), multiple=patch)
     for size in schedule.sizes:
         if size % patch:
-            raise InputError(f"views.size_schedule: {size} is no multiple of the side of the encoder's patches, {patch}")
+            raise InputError(
+                f"views.size_schedule: {size} is no multiple of the side of the encoder's patches, {patch}"
+            )
     for size in schedule.sizes:
         specs = schedule.resized(every, size, image_size)
         for side in dict.fromkeys(spec.size for spec in specs):
