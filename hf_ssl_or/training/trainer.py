@@ -214,7 +214,7 @@ class SSLTrainer:
         else:
             if args.optimizer.weight_decay_end is not None:
                 raise InputError(
-                    "training.optimizer.weight_decay_end: of the optimizers that recipes name alone; leave it at null, "
+                    "training.optimizer.weight_decay_end: of the optimizers that recipes name; leave it at null, "
                     "and change the decay of yours in a callback"
                 )
             self.optimizer = take_optimizer(given, self.scheduler, self.trained, fsdp=self.sharded)
