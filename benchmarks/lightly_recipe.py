@@ -7,7 +7,8 @@ As an arm of a sweep, whose `time_to` then says how much sooner others are as go
     lightly: {command: [python, benchmarks/lightly_recipe.py, --recipe, R, --seed, "{seed}", --output, "{output}"]}
 
 The recipe gives the images (the very rows of its `data.fraction`), the encoder with the weights it starts from, the
-batch size, the epochs, the precision and the evaluation; its method, views, penalty and optimizer are not used. The
+batch size, the epochs, the precision and the evaluation; its method, views and penalty are not used, and its optimizer
+with `--adamw` alone, which tells what of a difference is the optimizer's. The
 rest is a loop as lightly's examples put it together for CIFAR-10: its views of BYOL without blur on PIL images, which
 a DataLoader makes; each view encoded by itself; its projection head of three layers (2048 wide) and its loss. SGD is
 that of its CIFAR-10 benchmark: a learning rate of 0.06 per 128 images, momentum 0.9, weight decay 5e-4, a cosine to 0
@@ -109,7 +110,7 @@ def train_epoch(
     return time.perf_counter() - started
 
 
-def run(recipe: Recipe, hidden: int, dim: int, workers: int) -> dict[str, Any]:
+def run(recipe: Recipe, hidden: int, dim: int, workers: int, adamw: bool) -> dict[str, Any]:
     """Trains and evaluates; returns what results.json holds."""
     training, seed = recipe.training, recipe.training.seed
     device = torch.device("cuda" if training.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -126,8 +127,14 @@ def run(recipe: Recipe, hidden: int, dim: int, workers: int) -> dict[str, Any]:
     loader = DataLoader(
         TwoViews(images), batch_size=training.batch_size, shuffle=True, drop_last=True, num_workers=workers
     )
-    lr = LR * training.batch_size / BATCH
-    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    if adamw:
+        ours = training.optimizer
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            module.parameters(), ours.lr, weight_decay=ours.weight_decay
+        )
+    else:
+        lr = LR * training.batch_size / BATCH
+        optimizer = torch.optim.SGD(module.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
 
     def features(some: ImageSet) -> Tensor:
@@ -167,6 +174,9 @@ def main() -> None:
     arguments.add_argument("--epochs", type=int, help="in place of the recipe's")
     arguments.add_argument("--hidden", type=int, default=2048, help="width of the projector's hidden layers")
     arguments.add_argument("--dim", type=int, default=2048, help="width of the projections")
+    arguments.add_argument(
+        "--adamw", action="store_true", help="AdamW with the recipe's rate and decay in place of SGD"
+    )
     arguments.add_argument("--workers", type=int, default=0, help="processes of the DataLoader")
     arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     arguments.add_argument("--quick", action="store_true", help="few images, two epochs, narrow: does it run?")
@@ -176,7 +186,7 @@ def main() -> None:
         args.set += ["data.fraction=0.01", "training.monitor_images=200", "evaluation.train_limit=500"]
     epochs = [] if args.epochs is None else [f"training.epochs={args.epochs}"]
     recipe = load_recipe(args.recipe, [*args.set, *epochs, f"training.seed={args.seed}"])
-    results = run(recipe, args.hidden, args.dim, args.workers)
+    results = run(recipe, args.hidden, args.dim, args.workers, args.adamw)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
