@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ssl_or.runs.labels import MetricLabel, metric_label, printable
+from hf_ssl_or.runs.representations import Representations
 from hf_ssl_or.runs.results import SCHEMA_VERSION, Environment, Metric, Record
 from hf_ssl_or.runs.statistics import Difference, paired_difference, summarize
 
@@ -23,6 +24,7 @@ class RunValues(Record):
         failure: Why it has failed.
         environment: Software and kind of device; None for a command, and where there are no metrics.
         weights_sha256: Hash of the weights that were evaluated.
+        representations: What figures show of it, where the sweep asks for that.
     """
 
     seed: int
@@ -30,6 +32,7 @@ class RunValues(Record):
     failure: str | None = None
     environment: Environment | None = None
     weights_sha256: str | None = None
+    representations: Representations | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ssl_or.errors import InputError
+from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import get_protocol
 from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
-KEYS = ("name", "recipe", "overrides", "arms", "grid", "seeds", "evaluate", "select", "figures")
+KEYS = ("name", "recipe", "overrides", "arms", "grid", "seeds", "evaluate", "select", "figures", "spectra", "umap")
 LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
 VALIDATION = ("validation", "valid", "val", "dev")
 BASE = "base"  # name of the only arm where there is just a grid
@@ -62,6 +62,8 @@ class Plan:
         protocols: How they are evaluated there; None takes the default protocols.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
+        spectra: Arms whose spectra and filters are drawn.
+        umap: Arms whose features are drawn in two dimensions.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Plan:
     protocols: tuple[str, ...] | None = None
     select: str | None = None
     figures: tuple[str, ...] | None = None
+    spectra: tuple[str, ...] = ()
+    umap: tuple[str, ...] = ()
 
 
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
@@ -120,6 +124,8 @@ class _Reader:
             protocols=evaluate.get("protocols"),
             select=select,
             figures=figures,
+            spectra=self._drawn_arms("spectra", arms),
+            umap=self._drawn_arms("umap", arms),
         )
 
     # -- the keys -----------------------------------------------------------------------------------------------------
@@ -167,6 +173,19 @@ class _Reader:
         if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
             raise self.error(f"seeds: {twice[0]} is given twice")
         return tuple(seeds)
+
+    def _drawn_arms(self, key: str, arms: Sequence[Arm]) -> tuple[str, ...]:
+        """Returns the arms that a key names, each of which runs a recipe."""
+        if self.tree.get(key) is None:
+            return ()
+        known = {arm.name: arm for arm in arms}
+        names = self._words(key)
+        for name in names:
+            if name not in known:
+                raise self.error(f"{key}: {unknown('arm', name, known)}")
+            if known[name].recipe is None:
+                raise self.error(f"{key}: arm {name} is a command, which leaves numbers only; name arms of a recipe")
+        return names
 
     def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
         """Refuses a column of test images: who selects by it reports the best of many, not a result."""
