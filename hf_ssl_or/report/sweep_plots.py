@@ -166,7 +166,7 @@ def _lines(results: SweepResults, axis: str) -> dict[str, list[ArmValues]]:
         if axis in arm.cell:
             keys = [key for key in arm.cell if key != axis]
             own = [change for change in arm.changes if change.partition("=")[0] not in arm.cell]
-            key = json.dumps([own, [arm.cell[name] for name in keys]])
+            key = json.dumps([arm.recipe, own, [arm.cell[name] for name in keys]])
             groups.setdefault(key, []).append(arm)
     own_parts = (axis, axis.rpartition(".")[2])
     named = {}

@@ -32,19 +32,24 @@ def values_table(results: SweepResults) -> Table:
 
 
 def differences_table(results: SweepResults) -> Table | None:
-    """One row per arm but the first: its paired difference to the first in every column; None for one arm."""
-    if len(results.arms) < 2 or not results.columns:
+    """One row per arm that is compared with another: its paired differences; None where none is."""
+    compared = [arm for arm in results.arms if arm.compared_to is not None]
+    if not compared or not results.columns:
         return None
+    names = list(dict.fromkeys(printable(arm.compared_to or "") for arm in compared))
+    several = len(names) > 1
     rows = []
-    for arm in results.arms[1:]:
+    for arm in compared:
         found = [results.difference(arm, column) for column in results.columns]
         cells = [Cell(NONE) if one is None else Cell(one.describe(), one.mean) for one in found]
-        rows.append([Cell(printable(arm.name)), *cells])
+        to = [Cell(printable(arm.compared_to or ""))] if several else []
+        rows.append([Cell(printable(arm.name)), *to, *cells])
     caption = (
-        f"Differences to {printable(results.arms[0].name)}, paired over seeds, with the 95 % t interval; where it "
+        f"Differences{'' if several else f' to {names[0]}'}, paired over seeds, with the 95 % t interval; where it "
         "reaches further than half the difference, how many seeds it would take for that"
     )
-    return Table(caption=caption, head=["arm", *(column_label(name).title for name in results.columns)], rows=rows)
+    heads = ["arm", *(["compared with"] if several else []), *(column_label(name).title for name in results.columns)]
+    return Table(caption=caption, head=heads, rows=rows)
 
 
 def changes_table(results: SweepResults) -> Table:
@@ -86,4 +91,7 @@ def _value(arm: ArmValues, column: str) -> Cell:
 
 
 def _what(arm: ArmValues) -> str:
-    return " ".join(arm.command) if arm.command is not None else ", ".join(arm.changes) or "the base recipe"
+    if arm.command is not None:
+        return " ".join(arm.command)
+    base = "the base recipe" if arm.recipe is None else f"recipe {arm.recipe}"
+    return ", ".join([*([] if arm.recipe is None else [base]), *arm.changes]) or base

@@ -41,16 +41,20 @@ class ArmValues(Record):
 
     Attributes:
         name: Its name.
+        recipe: Name of its base recipe, where there are several.
         changes: Settings that make it differ from the base recipe, as overrides.
         cell: Values of the grid's axes.
         command: What was run in place of a recipe.
+        compared_to: Name of the arm that its differences are to; None for what others are compared with.
         runs: One per seed.
     """
 
     name: str
+    recipe: str | None = None
     changes: list[str] = field(default_factory=list)
     cell: dict[str, Any] = field(default_factory=dict)
     command: list[str] | None = None
+    compared_to: str | None = None
     runs: list[RunValues]
 
     def values(self, column: str) -> dict[int, float]:
@@ -76,7 +80,7 @@ class SweepResults(Record):
     Attributes:
         schema_version: Version of this form.
         name: Its name.
-        arms: In the order of the file; differences are to the first.
+        arms: By recipe, then in the order of the file.
         grid: Values of each axis by dotted setting.
         columns: What tables show: the headline of each protocol, label-free measures, minutes.
         select: The column by which an arm is selected.
@@ -106,9 +110,9 @@ class SweepResults(Record):
         return {arm.name: arm.failure for arm in self.arms if arm.failure is not None}
 
     def difference(self, arm: ArmValues, column: str) -> Difference | None:
-        """Returns the paired difference of an arm to the first; None for the first and where no seed has both."""
-        first = self.arms[0]
-        return None if arm is first else paired_difference(arm.values(column), first.values(column))
+        """Returns the paired difference to the arm it is compared with; None without one or a seed that both have."""
+        other = next((one for one in self.arms if one.name == arm.compared_to), None)
+        return None if other is None else paired_difference(arm.values(column), other.values(column))
 
 
 def column_label(column: str) -> MetricLabel:

@@ -10,12 +10,13 @@ from typing import Any
 from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.transfer import short_names
+from hf_ssl_or.recipe import Recipe, recipe_from_dict
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.labels import printable
 from hf_ssl_or.runs.reader import read_run
 from hf_ssl_or.runs.results import Evaluation, read_results
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
-from hf_ssl_or.sweeps.plan import LABEL_FREE, Arm, Plan
+from hf_ssl_or.sweeps.plan import LABEL_FREE, RECIPE, Arm, Plan
 from hf_ssl_or.training.description import identity
 
 TRANSFER = "transfer"  # within a run's folder
@@ -40,8 +41,9 @@ def is_trained(arm: Arm, seed: int, folder: Path) -> bool:
             return bool(_command_metrics(folder))
         except InputError:
             return False  # the command is started again, and what it leaves then counts
-    found = read_results(folder / layout.RESULTS).recipe
-    return _decides(found) == _decides(_as_json(arm.recipe.override([f"training.seed={seed}"]).to_dict()))
+    path = folder / layout.RESULTS
+    found = recipe_from_dict(read_results(path).recipe, f"{path}: recipe")  # newer settings get defaults
+    return _decides(found) == _decides(arm.recipe.override([f"training.seed={seed}"]))
 
 
 def is_transferred(plan: Plan, folder: Path) -> bool:
@@ -56,17 +58,10 @@ def is_transferred(plan: Plan, folder: Path) -> bool:
     return bool(protocols) and have == {(name, protocol) for name in names for protocol in protocols}
 
 
-def _as_json(tree: Any) -> Any:
-    """Returns plain data as it comes back from JSON."""
-    return json.loads(json.dumps(tree))
-
-
-def _decides(recipe: dict[str, Any]) -> Any:
+def _decides(recipe: Recipe) -> Any:
     """Returns the part of a recipe that decides what a run measures."""
-    try:
-        return identity(recipe), recipe["evaluation"], recipe["evaluation_data"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"recipe: lacks {error}; its run is of another version: remove it") from error
+    tree = json.loads(json.dumps(recipe.to_dict()))  # as it comes back from JSON
+    return identity(tree), tree["evaluation"], tree["evaluation_data"]
 
 
 def gather(plan: Plan, root: Path, failures: dict[tuple[str, int], str]) -> SweepResults:
@@ -89,7 +84,18 @@ def gather(plan: Plan, root: Path, failures: dict[tuple[str, int], str]) -> Swee
             runs.append(values)
         changes = list(arm.changes)
         command = None if arm.command is None else list(arm.command)
-        arms.append(ArmValues(name=arm.name, changes=changes, cell=dict(arm.cell), command=command, runs=runs))
+        reference = plan.reference(arm)
+        arms.append(
+            ArmValues(
+                name=arm.name,
+                recipe=arm.axes.get(RECIPE),
+                changes=changes,
+                cell=arm.cell,
+                command=command,
+                compared_to=None if reference is None else reference.name,
+                runs=runs,
+            )
+        )
     if plan.select is not None:
         columns.setdefault(plan.select)
     last = [name for name in _SHOWN if name in columns]

@@ -41,7 +41,7 @@ def test_arms_whose_spectra_and_features_are_drawn():
 def test_a_grid_alone_and_changes_as_a_mapping():
     plan = read_plan({"recipe": BASE, "grid": {"training.optimizer.lr": [1e-3, 2e-3]}})
     assert [arm.name for arm in plan.arms] == ["lr=0.001", "lr=0.002"]
-    plan = read_plan(sweep(arms={"a": {"method": {"name": "byol", "projector_dim": 8}}, "b": None}))
+    plan = read_plan(sweep(arms={"a": {"method": {"name": "byol", "projector_dim": 8}}, "b": []}))
     assert plan.arms[0].recipe.method_name == "byol" and plan.arms[1].recipe.method_name == "barlow_twins"
 
 
@@ -60,6 +60,40 @@ def test_evaluation_replaces_protocols_or_adds_data_sets():
     assert plan.arms[0].recipe.evaluation.protocols != ["knn"] and plan.datasets == ("shapes",)
 
 
+def test_recipes_are_an_axis_along_which_arms_are_compared():
+    other = BASE | {"method": "byol"}
+    none = ["orthogonality.penalty=none"]
+    tree = {
+        "recipes": {"one": BASE, "two": other, "gone": None},
+        "arms": {"none": none, "loop": {"command": COMMAND}, "so": []},
+        "grid": {"views.count": [2, 3]},
+    }
+    plan = read_plan(tree | {"compare": "arm"})
+    assert [arm.name for arm in plan.arms][:5] == [
+        *("one,none,count=2", "one,none,count=3", "loop", "one,so,count=2", "one,so,count=3"),
+    ]
+    compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
+    assert compared["two,so,count=3"] == "two,none,count=3" and compared["two,none,count=3"] == "two,none,count=3"
+    assert compared["loop"] == "loop"
+    plan = read_plan(tree | {"compare": "views.count"})
+    compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
+    assert compared["two,so,count=3"] == "two,so,count=2" and compared["loop"] == "loop"
+    plan = read_plan(tree)
+    assert [plan.reference(arm) for arm in plan.arms] == [None, *[plan.arms[0]] * 8]
+
+
+def test_a_variant_in_the_name_of_the_file_may_leave_out_arms(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("data: {dataset: shapes}\n")
+    (tmp_path / "own.yaml").write_text(
+        "recipe: base.yaml\narms: {a: [], b: [views.count=3], c: [views.count=4]}\n"
+        "variants: {short: {arms: {b: null}, overrides: [training.epochs=1]}}\n"
+    )
+    assert [arm.name for arm in read_plan(tmp_path / "own.yaml").arms] == ["a", "b", "c"]
+    plan = read_plan(tmp_path / "own-short.yaml")
+    assert plan.name == "own-short" and [arm.name for arm in plan.arms] == ["a", "c"]
+    assert plan.arms[1].recipe.training.epochs == 1
+
+
 COMMAND = ["python", "loop.py", "{output}", "{seed}"]
 
 
@@ -73,7 +107,7 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"arms": {"a": "views.count=3"}}, "arms.a: a list of settings"),
         ({"arms": {"a/b": []}}, "arms.a/b: letters"),
         ({"arms": {"a": ["training.seed=3"]}}, "write seeds"),
-        ({"arms": {}}, "arms, grid: name one"),
+        ({"arms": {}}, "arms, grid, recipes: name one"),
         ({"grid": {"training.max_step": [1, 2]}}, "did you mean 'max_steps'"),
         ({"grid": {"learning_rate": [1, 2]}}, "set training.optimizer.lr"),
         ({"grid": {"views.count": [2, 2]}}, "grid.views.count: has a value twice"),
@@ -89,6 +123,9 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"arms": {"a": {"command": COMMAND[:3]}}}, "arms.a.command: has no {seed}"),
         ({"arms": {"a": {"command": "python x"}}}, "arms.a.command: a list of a program"),
         ({"arms": {"a": {"command": COMMAND, "views.count": 2}}}, "command goes with nothing else"),
+        ({"compare": "arms"}, "compare: unknown axis 'arms': did you mean 'arm'"),
+        ({"recipes": {"a": BASE}}, "recipe, recipes: give one"),
+        ({"recipes": ["a.yaml"]}, "recipes: names with recipes are wanted"),
         ({"figures": "knn"}, "figures: a list of names"),
         ({"spectra": ["non"]}, "spectra: unknown arm 'non': did you mean 'none'"),
         ({"umap": ["so", "so"]}, "umap: names one twice"),
