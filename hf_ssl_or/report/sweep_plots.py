@@ -27,6 +27,7 @@ from hf_ssl_or.report.style import (
     set_ticks,
     shorten,
 )
+from hf_ssl_or.report.sweep_representations import plot_representations
 from hf_ssl_or.report.sweep_tables import threshold_name
 from hf_ssl_or.runs.labels import metric_label, printable
 from hf_ssl_or.runs.results import Metric
@@ -49,7 +50,7 @@ def plot_sweep(results: SweepResults, folder: Path) -> list[Drawn]:
     figures += [plot_axis(results, columns, axis, folder, f"axis-{i}") for i, axis in enumerate(axes, 1)]
     figures.append(plot_pareto(results, [name for name in columns if column_label(name).unit == "%"], folder))
     figures.append(plot_time(results, folder))
-    return [figure for figure in figures if figure is not None]
+    return [*(figure for figure in figures if figure is not None), *plot_representations(results, folder)]
 
 
 def drawn_columns(results: SweepResults) -> list[str]:

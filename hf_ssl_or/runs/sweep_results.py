@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ssl_or.runs.labels import MetricLabel, metric_label, printable
+from hf_ssl_or.runs.representations import Representations
 from hf_ssl_or.runs.results import SCHEMA_VERSION, Environment, Metric, Record
 from hf_ssl_or.runs.statistics import Difference, paired_difference, summarize
 from hf_ssl_or.runs.time_to import Look, TimeTo, first_minutes, points
@@ -27,6 +28,7 @@ class RunValues(Record):
         failure: Why it has failed.
         environment: Software and kind of device; None for a command, and where there are no metrics.
         weights_sha256: Hash of the weights that were evaluated.
+        representations: What figures show of it, where the sweep asks for that.
     """
 
     seed: int
@@ -35,6 +37,7 @@ class RunValues(Record):
     failure: str | None = None
     environment: Environment | None = None
     weights_sha256: str | None = None
+    representations: Representations | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from hf_ssl_or.training.checkpoint_choice import MEASURES
 
 KEYS = (
     *("name", "recipe", "recipes", "overrides", "arms", "grid", "seeds"),
-    *("evaluate", "compare", "select", "figures", "time_to"),
+    *("evaluate", "compare", "select", "figures", "time_to", "spectra", "umap"),
 )
 LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
 TIMED = ("knn", *(measure for measure in LABEL_FREE if metric_label(measure).better == "higher"))
@@ -79,6 +79,8 @@ class Plan:
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
         time_to: What the arms are timed to.
+        spectra: Arms whose spectra and filters are drawn.
+        umap: Arms whose features are drawn in two dimensions.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Plan:
     select: str | None = None
     figures: tuple[str, ...] | None = None
     time_to: TimeTo | None = None
+    spectra: tuple[str, ...] = ()
+    umap: tuple[str, ...] = ()
 
     def reference(self, arm: Arm) -> Arm | None:
         """Returns the arm that another is compared with; None for what others are compared with."""
@@ -154,6 +158,8 @@ class _Reader:
             select=select,
             figures=figures,
             time_to=self._time_to(arms),
+            spectra=self._drawn_arms("spectra", arms),
+            umap=self._drawn_arms("umap", arms),
         )
 
     # -- the keys -----------------------------------------------------------------------------------------------------
@@ -201,6 +207,19 @@ class _Reader:
         if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
             raise self.error(f"seeds: {twice[0]} is given twice")
         return tuple(seeds)
+
+    def _drawn_arms(self, key: str, arms: Sequence[Arm]) -> tuple[str, ...]:
+        """Returns the arms that a key names, each of which runs a recipe."""
+        if self.tree.get(key) is None:
+            return ()
+        known = {arm.name: arm for arm in arms}
+        names = self._words(key)
+        for name in names:
+            if name not in known:
+                raise self.error(f"{key}: {unknown('arm', name, known)}")
+            if known[name].recipe is None:
+                raise self.error(f"{key}: arm {name} is a command, which leaves numbers only; name arms of a recipe")
+        return names
 
     def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
         """Refuses a column of test images: who selects by it reports the best of many, not a result."""

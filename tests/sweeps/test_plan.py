@@ -31,6 +31,14 @@ def test_arms_times_grid():
     assert (last.method.projector_dim, last.views.count, last.orthogonality.penalty) == (64, 4, "none")
 
 
+def test_arms_whose_spectra_and_features_are_drawn():
+    plan = read_plan(sweep(spectra=["none", "so"], umap=["so"]))
+    assert (plan.spectra, plan.umap) == (("none", "so"), ("so",))
+    cell = "so,projector_dim=32"
+    assert read_plan(sweep(grid={"method.projector_dim": [32, 64]}, spectra=[cell])).spectra == (cell,)
+    assert read_plan(sweep()).spectra == read_plan(sweep(umap=None)).umap == ()
+
+
 def test_a_grid_alone_and_changes_as_a_mapping():
     plan = read_plan({"recipe": BASE, "grid": {"training.optimizer.lr": [1e-3, 2e-3]}})
     assert [arm.name for arm in plan.arms] == ["lr=0.001", "lr=0.002"]
@@ -133,6 +141,10 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
             {"time_to": {"metric": "knn", "value": 80}, "overrides": ["training.monitor_every=0"]},
             "time_to: arm so never looks; set training.monitor_every",
         ),
+        ({"spectra": ["non"]}, "spectra: unknown arm 'non': did you mean 'none'"),
+        ({"umap": ["so", "so"]}, "umap: names one twice"),
+        ({"spectra": "so"}, "spectra: a list of names is wanted"),
+        ({"arms": {"a": [], "loop": {"command": COMMAND}}, "umap": ["loop"]}, "umap: arm loop is a command"),
         ({"name": "../x"}, "name: '../x'"),
     ],
 )

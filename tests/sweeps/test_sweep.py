@@ -111,7 +111,8 @@ def measured(root: Path) -> Any:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
     """An uninterrupted sweep: its file, its folder, its seconds."""
     folder = tmp_path_factory.mktemp("sweep")
-    file = write(folder / "tiny.yaml", time_to={"metric": "knn", "arm": "none"})
+    timed = {"metric": "knn", "arm": "none"}
+    file = write(folder / "tiny.yaml", time_to=timed, spectra=["none", "so"], umap=["so"])
     ended = run(file, folder / "whole")
     assert ended.statuses == [0], ended.errors[-3000:]
     return file, folder / "whole", ended.seconds
@@ -178,6 +179,11 @@ def test_what_is_written(whole: tuple[Path, Path, float], capsys: pytest.Capture
         "arms.png",
         "time.svg",
     }
+    kept = {arm["name"]: arm["runs"][0].get("representations") for arm in results["arms"]}
+    weights = [key for key in kept["none"]["spectra"] if key.startswith("weight/")]
+    assert len(weights) == 4 and kept["none"]["filters"]["layer"] == weights[-1].removeprefix("weight/")
+    assert len(kept["so"]["embedding"]["x"]) == 20 and "embedding" not in kept["none"] and kept["wide"] is None
+    assert 'id="figure-spectra-compared"' in first and 'id="figure-filters"' in first
     assert '<h2 id="arms-heading">' in first and first.count("<svg") >= 2
 
 
