@@ -74,8 +74,8 @@ class Plan:
         grid: Values by dotted setting.
         datasets: Data sets that the encoders are evaluated on besides their own; none for no transfer.
         protocols: How they are evaluated there; None takes the default protocols.
-        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; None compares each arm
-            with the first of all.
+        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; or names of arms, each with
+            the one that it is compared with; None compares each arm with the first of all.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
         time_to: What the arms are timed to.
@@ -89,7 +89,7 @@ class Plan:
     grid: Mapping[str, list[Any]]
     datasets: tuple[str, ...] = ()
     protocols: tuple[str, ...] | None = None
-    compare: str | None = None
+    compare: str | Mapping[str, str] | None = None
     select: str | None = None
     figures: tuple[str, ...] | None = None
     time_to: TimeTo | None = None
@@ -100,6 +100,9 @@ class Plan:
         """Returns the arm that another is compared with; None for what others are compared with."""
         if self.compare is None:
             return None if arm is self.arms[0] else self.arms[0]
+        if isinstance(self.compare, Mapping):
+            wanted = arm.axes | {ARM: self.compare.get(arm.axes[ARM])}
+            return next((one for one in self.arms if one.axes == wanted), None)
         others = {key: value for key, value in arm.axes.items() if key != self.compare}
         alike = [one for one in self.arms if one.axes.keys() == arm.axes.keys() and one.axes | others == one.axes]
         first = alike[0] if self.compare in arm.axes else arm
@@ -139,10 +142,6 @@ class _Reader:
         grid = self._grid()
         arms = tuple(self._arms(grid, evaluate))
         self._refuse_twins(arms)
-        axes = list(dict.fromkeys(axis for arm in arms for axis in arm.axes))
-        compare = self.tree.get("compare")
-        if compare is not None and compare not in axes:
-            raise self.error(f"compare: {unknown('axis', str(compare), axes)}")
         select = self.tree.get("select")
         if select is not None:
             self._check_select(select, arms)
@@ -154,7 +153,7 @@ class _Reader:
             grid=grid,
             datasets=evaluate.get("datasets", ()),
             protocols=evaluate.get("protocols"),
-            compare=compare,
+            compare=self._compare(arms),
             select=select,
             figures=figures,
             time_to=self._time_to(arms),
@@ -220,6 +219,19 @@ class _Reader:
             if known[name].recipe is None:
                 raise self.error(f"{key}: arm {name} is a command, which leaves numbers only; name arms of a recipe")
         return names
+
+    def _compare(self, arms: Sequence[Arm]) -> str | Mapping[str, str] | None:
+        compare = self.tree.get("compare")
+        if isinstance(compare, Mapping):
+            names = [arm.axes[ARM] for arm in arms]
+            for name in [str(name) for pair in compare.items() for name in pair]:
+                if name not in names:
+                    raise self.error(f"compare: {unknown('arm', name, names)}")
+            return compare
+        axes = list(dict.fromkeys(axis for arm in arms for axis in arm.axes))
+        if compare is not None and compare not in axes:
+            raise self.error(f"compare: {unknown('axis', str(compare), axes)}")
+        return compare
 
     def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
         """Refuses a column of test images: who selects by it reports the best of many, not a result."""

@@ -79,6 +79,9 @@ def test_recipes_are_an_axis_along_which_arms_are_compared():
     plan = read_plan(tree | {"compare": "views.count"})
     compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
     assert compared["two,so,count=3"] == "two,so,count=2" and compared["loop"] == "loop"
+    plan = read_plan(tree | {"compare": {"none": "so"}})
+    compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
+    assert compared["two,none,count=3"] == "two,so,count=3" and compared["two,so,count=3"] == "two,so,count=3"
     plan = read_plan(tree)
     assert [plan.reference(arm) for arm in plan.arms] == [None, *[plan.arms[0]] * 8]
 
@@ -125,6 +128,7 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"arms": {"a": {"command": "python x"}}}, "arms.a.command: a list of a program"),
         ({"arms": {"a": {"command": COMMAND, "views.count": 2}}}, "command goes with nothing else"),
         ({"compare": "arms"}, "compare: unknown axis 'arms': did you mean 'arm'"),
+        ({"compare": {"so": "non"}}, "compare: unknown arm 'non': did you mean 'none'"),
         ({"recipes": {"a": BASE}}, "recipe, recipes: give one"),
         ({"recipes": ["a.yaml"]}, "recipes: names with recipes are wanted"),
         ({"figures": "knn"}, "figures: a list of names"),
