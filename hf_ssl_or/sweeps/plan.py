@@ -74,8 +74,8 @@ class Plan:
         grid: Values by dotted setting.
         datasets: Data sets that the encoders are evaluated on besides their own; none for no transfer.
         protocols: How they are evaluated there; None takes the default protocols.
-        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; or names of arms, each with
-            the one that it is compared with; None compares each arm with the first of all.
+        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; or names of arms, each
+            with the one that it is compared with; None compares each arm with the first of all.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
         time_to: What the arms are timed to.
