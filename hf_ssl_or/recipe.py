@@ -23,6 +23,7 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.size_schedule import check_size_schedule
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.evaluator import EvaluationArguments
 from hf_ssl_or.methods import get_method
@@ -67,14 +68,20 @@ class ViewArguments:
         specs: Augmentation of the views, repeated in turn when shorter than `count`; None takes the method's.
         local_count: Number of smaller views, for methods with multi-crop.
         local_specs: Augmentation of the smaller views, which must set `size`.
+        size_schedule: Side of the views over the run, as pairs [share of the run, pixels]: [[0, 16], [0.5, 24],
+            [0.8, 32]]. An epoch has the size of the last pair that begins before the epoch ends. Local views and blur
+            scale by the same factor; what a crop shows of its image does not change. None: one size.
     """
 
     count: int = 2
     specs: list[ViewSpec] | None = None
     local_count: int = 0
     local_specs: list[ViewSpec] | None = None
+    size_schedule: list[Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.size_schedule is not None:
+            self.size_schedule = check_size_schedule(self.size_schedule)
         if self.count < 1:
             raise InputError(f"views.count: at least 1 view, not {self.count}")
         if self.local_count and not self.local_specs:

@@ -25,10 +25,10 @@ import hf_ssl_or  # or, without this package: AutoModel.from_pretrained(..., tru
 encoder = AutoModel.from_pretrained("{folder}")"""
 
 
-def print_start(images: ImageSet) -> None:
-    """Prints what a run trains on, on standard error."""
+def print_start(images: ImageSet, *more: str) -> None:
+    """Prints what a run trains on, and further lines, on standard error."""
     console = Console(stderr=True, highlight=False)
-    for line in describe_images(images):
+    for line in (*describe_images(images), *more):
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -46,7 +46,11 @@ def test_what_was_resolved_reads_back_as_the_same_recipe(tmp_path: Path):
     tree = {
         **MINIMAL,
         "method": {"name": "byol"},
-        "views": {"count": 3, "specs": [{"blur": 0.5, "crop_scale": [0.1, 1]}]},
+        "views": {
+            "count": 3,
+            "specs": [{"blur": 0.5, "crop_scale": [0.1, 1]}],
+            "size_schedule": [[0, 16], [0.5, 32]],
+        },
         "orthogonality": {"penalty": "srip", "weight": 0.001},
         "encoder": {"name": "resnet18", "channels": [8, 16, 32, 64], "stem": "small"},
     }
@@ -61,7 +65,12 @@ def test_identity_leaves_out_what_cannot_change_the_weights():
         recipe_from_dict({**MINIMAL, "training": {"log_every": 3, "save_every": 1}}),
     )
     assert identity(quiet.to_dict()) == identity(loud.to_dict())
-    assert identity(quiet.to_dict()) != identity(recipe_from_dict({**MINIMAL, "training": {"seed": 1}}).to_dict())
+    for more in (
+        {"training": {"seed": 1}},
+        {"training": {"optimizer": {"weight_decay_end": 0.4}}},
+        {"views": {"size_schedule": [[0, 32]]}},
+    ):
+        assert identity(quiet.to_dict()) != identity(recipe_from_dict({**MINIMAL, **more}).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -78,6 +87,12 @@ def test_identity_leaves_out_what_cannot_change_the_weights():
         ({**MINIMAL, "method": {"name": "byol", "tempo": 3}}, "unknown key in method"),
         ({**MINIMAL, "views": {"count": 0}}, "views.count: at least 1 view, not 0"),
         ({**MINIMAL, "views": {"specs": {"blur": 1}}}, "a list is wanted"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 16], [0, 32]]}}, "views.size_schedule: each step begins after"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 0]]}}, "views.size_schedule: a size is a number of pixels"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 16], [50, 32]]}}, "views.size_schedule: a share of the run"),
+        ({**MINIMAL, "views": {"size_schedule": 16}}, "views.size_schedule"),
+        ({**MINIMAL, "views": {"train_size_schedule": []}}, "set views.size_schedule"),
+        ({**MINIMAL, "training": {"optimizer": {"weight_decay_end": -1}}}, "optimizer.weight_decay_end: at least 0"),
         ({**MINIMAL, "views": {"specs": [{"blur": 2}]}}, "blur: a probability"),
         ({**MINIMAL, "views": {"specs": [{"blur": "much"}]}}, "views.specs[0]"),
         ({**MINIMAL, "orthogonality": {"penalty": "sso"}}, "penalty"),

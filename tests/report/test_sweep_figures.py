@@ -12,9 +12,12 @@ import pytest
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.report.style import style
-from hf_ssl_or.report.sweep_plots import frontier, plot_sweep
+from hf_ssl_or.report.sweep_page import render_sweep
+from hf_ssl_or.report.sweep_plots import frontier, mean_curve, plot_sweep
+from hf_ssl_or.report.sweep_tables import markdown
 from hf_ssl_or.runs.representations import Embedding, FilterCorrelations, Representations, Spectrum
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
+from hf_ssl_or.runs.time_to import TimeTo
 
 
 def results(**more: object) -> SweepResults:
@@ -83,6 +86,51 @@ def test_spectra_are_thinned_evenly_on_a_logarithmic_axis():
 def test_a_column_that_no_run_has(tmp_path: Path):
     with style(), pytest.raises(InputError, match="figures: unknown column 'knn/top5': did you mean 'knn/top1'"):
         plot_sweep(results(figures=["knn/top5"]), tmp_path)
+
+
+def timed(seeds: tuple[int, ...] = (0, 1), **more: object) -> SweepResults:
+    """Arms whose kNN is linear in minutes: "slow" ends at 40 %, "fast" is twice as fast, "low" stays below."""
+    arms = []
+    for name, k in (("slow", 10.0), ("fast", 20.0), ("low", 5.0)):
+        curves = [[{"minutes": x * (1 + s), "knn": k * x} for x in (1.0, 2.0, 4.0)] for s in seeds]
+        arms.append(
+            ArmValues(name=name, runs=[RunValues(seed=s, curve=c) for s, c in zip(seeds, curves, strict=True)])
+        )
+    return SweepResults(name="times", arms=[*arms, ArmValues(name="none", runs=[])], columns=[], **more)
+
+
+def test_minutes_to_what_an_arm_ends_with(tmp_path: Path):
+    found = timed(time_to=TimeTo(metric="knn", arm="slow"))
+    table = markdown(found)
+    assert "| minutes to kNN top-1 of 40.00 % (the last of slow) | times sooner than slow |" in table
+    assert "| slow | 6.00 ± 2.83 | – |" in table and "| fast | 3.00 ± 1.41 | 2.00 [2.00, 2.00] |" in table
+    assert "| low | not reached (0 of 2 seeds) | – |" in table and "| none | – | – |" in table
+    with style():
+        (time,) = plot_sweep(found, tmp_path)
+    assert time.name == "time" and "fast goes from 20 at 1.5 minutes to 80 at 6 minutes" in time.alt
+    assert "Dotted: kNN top-1 of 40.00 % (the last of slow)." in time.alt and "none goes" not in time.alt
+    assert all(file.stat().st_size > 1000 for file in time.files)
+    assert "minutes to kNN top-1 of 40.00 %" in render_sweep(found, [time], base=tmp_path)
+
+
+def test_minutes_to_a_value_that_some_seeds_reach(tmp_path: Path):
+    found = timed(seeds=(0,), time_to=TimeTo(metric="knn", value=30))
+    slow, *others = found.arms
+    short = RunValues(seed=1, curve=[{"minutes": 1.0, "knn": 3.0}])
+    table = markdown(replace(found, arms=[replace(slow, runs=[*slow.runs, short]), *others]))
+    assert "| slow | 3.00 (1 of 2 seeds) | – |" in table and "| fast | 1.50 | 2.00 (1 seed: no interval) |" in table
+    assert "kNN top-1 of 30.00 % |" in table
+    empty = timed(seeds=(), time_to=TimeTo(metric="knn", arm="slow"))
+    assert "| minutes to kNN top-1, the last of slow |" in markdown(empty)
+    with style():
+        assert plot_sweep(empty, tmp_path) == [] and plot_sweep(timed(), tmp_path) == []
+
+
+def test_the_mean_curve_ends_where_a_seed_does():
+    arm = timed().arms[0]
+    shorter = replace(arm, runs=[arm.runs[0], replace(arm.runs[1], curve=arm.runs[1].curve[:2])])
+    found = [(x, metric.mean, metric.std) for x, metric in mean_curve(shorter, "knn")]
+    assert found == [(1.5, 10.0, 0.0), (3.0, 20.0, 0.0)]
 
 
 def test_the_frontier():
