@@ -30,7 +30,7 @@ def keep_representations(plan: Plan, results: SweepResults, root: Path) -> Sweep
         earlier = read_record(SweepResults, root / layout.RESULTS)
     except InputError:  # there is none that can be read
         return results
-    known = {
+    known: dict[tuple[str, int, str | None], Representations | None] = {
         (arm.name, run.seed, run.weights_sha256): run.representations
         for arm in earlier.arms
         for run in arm.runs
