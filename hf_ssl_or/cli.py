@@ -248,8 +248,10 @@ def _add_card(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_list(verbs: argparse._SubParsersAction) -> None:
-    listing = _verb(verbs, "list", "list methods, encoders, protocols or recipes", "hf-ssl-or list encoders 'vit_*'")
-    listing.add_argument("what", choices=["methods", "encoders", "protocols", "recipes"])
+    listing = _verb(
+        verbs, "list", "list methods, encoders, data sets, protocols or recipes", "hf-ssl-or list encoders 'vit_*'"
+    )
+    listing.add_argument("what", choices=["methods", "encoders", "datasets", "protocols", "recipes"])
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern (default: all)")
 
 

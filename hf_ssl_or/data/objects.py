@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.class_subset import keep_classes
 from hf_ssl_or.data.hf_dataset import find_array_column, open_table, table_labels
 from hf_ssl_or.data.image_dataset import ImageSet, same_labels
 from hf_ssl_or.data.image_files import FileSource
@@ -187,7 +188,7 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
         raise InputError(f"data: a {kind} holds no images that can be read by number{hint}; give {_TAKEN}")
     if not len(source):
         raise InputError(f"data: {source.name} ({kind}) holds no image")
-    return source
+    return keep_classes(source, arguments.classes)
 
 
 def _is_plain_folder(dataset: Any) -> bool:
