@@ -17,11 +17,11 @@ class DataArguments:
 
     Attributes:
         dataset: A short name (cifar10, stl10, imagenet100 ..., see `hf-ssl-or list datasets`), of which settings that
-            are left alone take what is known of the set; a Hub id; the name of a folder in `$HF_SSL_OR_DATA`, which wins
-            over the Hub; a folder of parquet files or of `save_to_disk`; a folder of images (flat, with a subfolder
-            per class, or with split folders as the `datasets` library names them: train, training, dev, test ...);
-            a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl with a column of
-            paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
+            are left alone take what is known of the set; a Hub id; a folder in `$HF_SSL_OR_DATA`, by its name or the
+            set's, which wins over the Hub; a folder of parquet files or of `save_to_disk`; a folder of images (flat,
+            with a subfolder per class, or with split folders as the `datasets` library names them: train, training,
+            dev, test ...); a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl
+            with a column of paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
             "shards/train-{000..009}.tar"; or the built-in "shapes". "{split}" in a path stands for the split's name.
             With `streaming` also a pattern of .parquet files, and of URLs of .tar or .parquet.
         dataset_config: Configuration of a Hub dataset that has several.
@@ -124,8 +124,8 @@ class DataArguments:
             raise InputError("data.classes: one or more names, each once; leave it out for all classes")
         if self.streaming and self.classes is not None:
             raise InputError(
-                "data.classes: a streamed set is used whole; leave out data.streaming, or data.classes (imagenet100 is "
-                "imagenet-1k with data.classes)"
+                "data.classes: a streamed set is used whole; leave out data.streaming, or data.classes "
+                "(imagenet100 is imagenet-1k with data.classes)"
             )
         if self.streaming and self.cache == "disk":
             raise InputError("data.cache: a streamed set is not stored; leave out data.cache, or data.streaming")

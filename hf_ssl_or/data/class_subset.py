@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from hf_ssl_or.data.image_source import ImageSource
 from hf_ssl_or.data.labels import content_key
 from hf_ssl_or.errors import InputError, unknown
 
-if TYPE_CHECKING:
-    from hf_ssl_or.data.sources import ImageSource
-
 # Of Tian et al., "Contrastive Multiview Coding" (ECCV 2020), imagenet100.txt in github.com/HobbitLong/CMC, sorted.
-_IMAGENET100 = """
+_IDS = """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481
 n02009229 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428
 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142 n02108089 n02109047 n02113799 n02113978 n02114855
@@ -28,7 +25,7 @@ n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763 n04336792 
 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406
 n13040303
 """
-IMAGENET100 = _IMAGENET100.split()
+IMAGENET100 = _IDS.split()
 CLASS_LISTS = {"imagenet100": IMAGENET100}
 
 

@@ -63,7 +63,7 @@ PUBLISHED = {
         num_classes=10,
         images={"train": 50_000, "test": 10_000},
         side="32",
-        note="license not stated",
+        note="license unknown",
     ),
     "cifar100": PublishedDataset(
         hub_id="uoft-cs/cifar100",
@@ -72,14 +72,14 @@ PUBLISHED = {
         num_classes=100,
         images={"train": 50_000, "test": 10_000},
         side="32",
-        note="license not stated",
+        note="license unknown",
     ),
     "stl10": PublishedDataset(
         hub_id="jxie/stl10",
         num_classes=10,
         images={"unlabeled": 100_000, "train": 5_000, "test": 8_000},
         side="96",
-        note="pretrain with data.train_split=unlabeled; license not stated; made of ImageNet's images",
+        note="pretrain with data.train_split=unlabeled; its images are of ImageNet",
     ),
     "imagenet-1k": PublishedDataset(
         hub_id="ILSVRC/imagenet-1k",
@@ -102,7 +102,6 @@ PUBLISHED = {
         splits={"test": "validation"},
         num_classes=101,
         images={"train": 75_750, "validation": 25_250},
-        note="license not stated",
     ),
     "flowers102": PublishedDataset(
         hub_id="dpdl-benchmark/oxford_flowers102",
@@ -110,19 +109,18 @@ PUBLISHED = {
         label_column=None,
         num_classes=102,
         images={"train": 1_020, "validation": 1_020, "test": 6_149},
-        note="license not stated",
     ),
     "dtd": PublishedDataset(
         hub_id="tanganke/dtd",
         num_classes=47,
         images={"train": 3_760, "test": 1_880},
-        note="train and validation of its first partition in one; license not stated",
+        note="its training and validation images in one split",
     ),
     "gtsrb": PublishedDataset(
         hub_id="tanganke/gtsrb",
         num_classes=43,
         images={"train": 26_640, "test": 12_630},
-        note="fewer training images than the final release (39,209); license not stated",
+        note="fewer training images than the final release (39,209)",
     ),
     "voc07": PublishedDataset(
         hub_id="fuliucansheng/pascal_voc",

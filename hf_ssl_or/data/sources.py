@@ -6,12 +6,10 @@ import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from urllib.parse import urlsplit
 
 import datasets
-import numpy as np
-from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.class_subset import keep_classes
@@ -19,45 +17,12 @@ from hf_ssl_or.data.hf_dataset import is_saved, load_tables, loading, open_table
 from hf_ssl_or.data.image_files import extension
 from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
 from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
+from hf_ssl_or.data.image_source import ImageSource
 from hf_ssl_or.data.published import known_columns, own_split, resolve_dataset
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.data.splits import SPLITS, find_split, splits_in
 from hf_ssl_or.data.webdataset import TarSource, expand_braces, expand_shards
 from hf_ssl_or.errors import InputError
-
-
-class ImageReader(Protocol):
-    """Images that are opened by number."""
-
-    def read(self, i: int) -> Image.Image | np.ndarray:
-        """Opens image i: a PIL image that need not be decoded yet, or an array (H, W) or (H, W, C).
-
-        Raises:
-            ValueError, OSError: This one image cannot be read.
-        """
-        ...
-
-    def describe(self, i: int) -> str:
-        """Returns where image i is, for messages."""
-        ...
-
-
-class ImageSource(ImageReader, Protocol):
-    """A split of a data set.
-
-    Attributes:
-        name: What the user calls it.
-        fingerprint: Changes when the content does.
-        labels: int64, (n,), or None where an image has none.
-        class_names: Names of the labels, or None.
-    """
-
-    name: str
-    fingerprint: str
-    labels: np.ndarray | None
-    class_names: list[str] | None
-
-    def __len__(self) -> int: ...
 
 
 def load_source(arguments: DataArguments, split: str) -> ImageSource:
