@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import get_protocol
-from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict
+from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict, with_defaults
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
@@ -287,7 +287,8 @@ class _Reader:
 
     def _loader(self, where: str, recipe: Any, overrides: list[str]) -> Load:
         if isinstance(recipe, Mapping):
-            return lambda changes: recipe_from_dict(recipe, f"{self.source}: {where}", [*overrides, *changes])
+            tree = with_defaults(recipe, self.folder)
+            return lambda changes: recipe_from_dict(tree, f"{self.source}: {where}", [*overrides, *changes])
         if not isinstance(recipe, str):
             raise self.error(f"{where}: name a recipe, or write it here, not {recipe!r:.80}")
         beside = self.folder / recipe

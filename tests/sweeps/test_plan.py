@@ -115,7 +115,7 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"arms": {"a": {"command": COMMAND[:3]}}}, "arms.a.command: has no {seed}"),
         ({"arms": {"a": {"command": "python x"}}}, "arms.a.command: a list of a program"),
         ({"arms": {"a": {"command": COMMAND, "views.count": 2}}}, "command goes with nothing else"),
-        ({"compare": "arms"}, "compare: unknown axis 'arms'; did you mean 'arm'"),
+        ({"compare": "arms"}, "compare: unknown axis 'arms': did you mean 'arm'"),
         ({"recipes": {"a": BASE}}, "recipe, recipes: give one"),
         ({"recipes": ["a.yaml"]}, "recipes: names with recipes are wanted"),
         ({"figures": "knn"}, "figures: a list of names"),
