@@ -290,8 +290,10 @@ def _counts(text: str) -> list[int]:
 
 
 def _add_list(verbs: argparse._SubParsersAction) -> None:
-    listing = _verb(verbs, "list", "list methods, encoders, protocols or recipes", "hf-ssl-or list encoders 'vit_*'")
-    listing.add_argument("what", choices=["methods", "encoders", "protocols", "recipes"])
+    listing = _verb(
+        verbs, "list", "list methods, encoders, data sets, protocols or recipes", "hf-ssl-or list encoders 'vit_*'"
+    )
+    listing.add_argument("what", choices=["methods", "encoders", "datasets", "protocols", "recipes"])
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern (default: all)")
 
 

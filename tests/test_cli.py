@@ -65,13 +65,14 @@ def test_preview_is_a_picture_of_all_views(tiny: Path, tmp_path: Path):
     assert Image.open(path).size == (4 * 100, 2 * 100)
 
 
-@pytest.mark.parametrize("what", ["methods", "encoders", "protocols", "recipes"])
+@pytest.mark.parametrize("what", ["methods", "encoders", "datasets", "protocols", "recipes"])
 def test_list(what: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert main(["list", what]) == 0
     expected = {
         "methods": "barlow_twins",
         "encoders": "resnet18",
+        "datasets": "uoft-cs/cifar10",
         "protocols": "knn",
         "recipes": "recipes/quickstart.yaml",
     }

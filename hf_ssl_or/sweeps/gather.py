@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.transfer import short_names
 from hf_ssl_or.recipe import Recipe, recipe_from_dict
@@ -54,7 +53,7 @@ def is_transferred(plan: Plan, folder: Path) -> bool:
     except InputError:
         return False
     have = {(entry.dataset, entry.protocol) for entry in evaluations}
-    names = short_names([find_dataset(name) for name in plan.datasets], "data set")
+    names = short_names(plan.datasets, "data set")
     protocols = plan.protocols or tuple(dict.fromkeys(protocol for _, protocol in have))
     return bool(protocols) and have == {(name, protocol) for name in names for protocol in protocols}
 
