@@ -58,7 +58,7 @@ class ClassSubset:
         return self._source.describe(int(self._rows[i]))
 
 
-def keep_classes(source: ImageSource, classes: str | list[str] | list[str | int] | None) -> ImageSource:
+def keep_classes(source: ImageSource, classes: str | list[str | int] | None) -> ImageSource:
     """Keeps the images of some classes, which are numbered in the order of the list.
 
     Args:
