@@ -333,16 +333,27 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5])
         raise InputError(f"{path}: cannot be read ({error}){f'; beside it: {near}' if near else ''}") from error
-    tree = dict(_mapping(_parse(text, str(path)) or {}, "the file", str(path)))
-    if base := tree.pop("defaults", None):
-        return _merge(read_yaml(path.parent / str(base), (*above, path.resolve())), tree)
-    return tree
+    tree = _mapping(_parse(text, str(path)) or {}, "the file", str(path))
+    return with_defaults(tree, path.parent, (*above, path.resolve()))
+
+
+def with_defaults(tree: Mapping[str, Any], folder: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a recipe's keys over those of the file that its `defaults` names, if it has any.
+
+    Args:
+        tree: The keys.
+        folder: Where `defaults` starts from.
+        above: Files whose `defaults` led here.
+    """
+    own = dict(tree)
+    base = own.pop("defaults", None)
+    return own if base is None else _merge(read_yaml(folder / str(base), above), own)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), str):  # the short form: method: byol
+        if key == "method" and isinstance(value, Mapping) and isinstance(merged.get(key), str):  # method: byol
             merged[key] = {"name": merged[key]}
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value

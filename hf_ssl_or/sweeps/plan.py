@@ -12,15 +12,18 @@ from typing import Any
 
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import get_protocol
-from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict
+from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict, with_defaults
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.time_to import TimeTo
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
 KEYS = (
     *("name", "recipe", "recipes", "overrides", "arms", "grid", "seeds"),
-    *("evaluate", "compare", "select", "figures"),
+    *("evaluate", "compare", "select", "figures", "time_to", "spectra", "umap"),
 )
 LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
+TIMED = ("knn", *(measure for measure in LABEL_FREE if metric_label(measure).better == "higher"))
 VALIDATION = ("validation", "valid", "val", "dev")
 BASE = "base"  # name of the only arm where there is just a grid, or just recipes
 ARM, RECIPE = "arm", "recipe"  # what `compare` calls these axes
@@ -71,10 +74,13 @@ class Plan:
         grid: Values by dotted setting.
         datasets: Data sets that the encoders are evaluated on besides their own; none for no transfer.
         protocols: How they are evaluated there; None takes the default protocols.
-        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; None compares each arm
-            with the first of all.
+        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; or names of arms, each
+            with the one that it is compared with; None compares each arm with the first of all.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
+        time_to: What the arms are timed to.
+        spectra: Arms whose spectra and filters are drawn.
+        umap: Arms whose features are drawn in two dimensions.
     """
 
     name: str
@@ -83,14 +89,20 @@ class Plan:
     grid: Mapping[str, list[Any]]
     datasets: tuple[str, ...] = ()
     protocols: tuple[str, ...] | None = None
-    compare: str | None = None
+    compare: str | Mapping[str, str] | None = None
     select: str | None = None
     figures: tuple[str, ...] | None = None
+    time_to: TimeTo | None = None
+    spectra: tuple[str, ...] = ()
+    umap: tuple[str, ...] = ()
 
     def reference(self, arm: Arm) -> Arm | None:
         """Returns the arm that another is compared with; None for what others are compared with."""
         if self.compare is None:
             return None if arm is self.arms[0] else self.arms[0]
+        if isinstance(self.compare, Mapping):
+            wanted = arm.axes | {ARM: self.compare.get(arm.axes[ARM])}
+            return next((one for one in self.arms if one.axes == wanted), None)
         others = {key: value for key, value in arm.axes.items() if key != self.compare}
         alike = [one for one in self.arms if one.axes.keys() == arm.axes.keys() and one.axes | others == one.axes]
         first = alike[0] if self.compare in arm.axes else arm
@@ -130,10 +142,6 @@ class _Reader:
         grid = self._grid()
         arms = tuple(self._arms(grid, evaluate))
         self._refuse_twins(arms)
-        axes = list(dict.fromkeys(axis for arm in arms for axis in arm.axes))
-        compare = self.tree.get("compare")
-        if compare is not None and compare not in axes:
-            raise self.error(f"compare: {unknown('axis', str(compare), axes)}")
         select = self.tree.get("select")
         if select is not None:
             self._check_select(select, arms)
@@ -145,9 +153,12 @@ class _Reader:
             grid=grid,
             datasets=evaluate.get("datasets", ()),
             protocols=evaluate.get("protocols"),
-            compare=compare,
+            compare=self._compare(arms),
             select=select,
             figures=figures,
+            time_to=self._time_to(arms),
+            spectra=self._drawn_arms("spectra", arms),
+            umap=self._drawn_arms("umap", arms),
         )
 
     # -- the keys -----------------------------------------------------------------------------------------------------
@@ -196,6 +207,32 @@ class _Reader:
             raise self.error(f"seeds: {twice[0]} is given twice")
         return tuple(seeds)
 
+    def _drawn_arms(self, key: str, arms: Sequence[Arm]) -> tuple[str, ...]:
+        """Returns the arms that a key names, each of which runs a recipe."""
+        if self.tree.get(key) is None:
+            return ()
+        known = {arm.name: arm for arm in arms}
+        names = self._words(key)
+        for name in names:
+            if name not in known:
+                raise self.error(f"{key}: {unknown('arm', name, known)}")
+            if known[name].recipe is None:
+                raise self.error(f"{key}: arm {name} is a command, which leaves numbers only; name arms of a recipe")
+        return names
+
+    def _compare(self, arms: Sequence[Arm]) -> str | Mapping[str, str] | None:
+        compare = self.tree.get("compare")
+        if isinstance(compare, Mapping):
+            names = [arm.axes[ARM] for arm in arms]
+            for name in [str(name) for pair in compare.items() for name in pair]:
+                if name not in names:
+                    raise self.error(f"compare: {unknown('arm', name, names)}")
+            return compare
+        axes = list(dict.fromkeys(axis for arm in arms for axis in arm.axes))
+        if compare is not None and compare not in axes:
+            raise self.error(f"compare: {unknown('axis', str(compare), axes)}")
+        return compare
+
     def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
         """Refuses a column of test images: who selects by it reports the best of many, not a result."""
         if select in LABEL_FREE or select == "monitor/knn":  # on held-out training images
@@ -209,6 +246,30 @@ class _Reader:
                     f"select: {select!r} may be measured on test images{split}; take one of {', '.join(LABEL_FREE)}, "
                     "or set data.test_split: validation"
                 )
+
+    def _time_to(self, arms: Sequence[Arm]) -> TimeTo | None:
+        value, keys = self.tree.get("time_to"), ["metric", "arm", "value"]
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.error(f"time_to: a metric with an arm or a value is wanted, not {value!r:.80}")
+        for key in value:
+            if key not in keys:
+                raise self.error(unknown_setting("key in time_to", str(key), keys))
+        metric, arm, threshold = (value.get(key) for key in keys)
+        if metric not in TIMED:
+            raise self.error(f"time_to.metric: {unknown('metric', str(metric), TIMED)}")
+        if (arm is None) == (threshold is None):
+            raise self.error("time_to: give arm, whose last value is to be reached, or value: one of them")
+        names = [one.name for one in arms]
+        if arm is not None and arm not in names:
+            raise self.error(f"time_to.arm: {unknown('arm', str(arm), names)}")
+        if threshold is not None and (type(threshold) not in (int, float) or not -1e300 < threshold < 1e300):
+            raise self.error(f"time_to.value: a number is wanted, not {threshold!r:.80}")
+        for one in arms:
+            if one.recipe is not None and not one.recipe.training.monitor_every:
+                raise self.error(f"time_to: arm {one.name} never looks; set training.monitor_every")
+        return TimeTo(metric=metric, arm=arm, value=threshold)
 
     # -- arms ---------------------------------------------------------------------------------------------------------
 
@@ -287,7 +348,8 @@ class _Reader:
 
     def _loader(self, where: str, recipe: Any, overrides: list[str]) -> Load:
         if isinstance(recipe, Mapping):
-            return lambda changes: recipe_from_dict(recipe, f"{self.source}: {where}", [*overrides, *changes])
+            tree = with_defaults(recipe, self.folder)
+            return lambda changes: recipe_from_dict(tree, f"{self.source}: {where}", [*overrides, *changes])
         if not isinstance(recipe, str):
             raise self.error(f"{where}: name a recipe, or write it here, not {recipe!r:.80}")
         beside = self.folder / recipe

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.runs.time_to import TimeTo
 from hf_ssl_or.sweeps.plan import read_plan
 
 BASE: dict[str, Any] = {
@@ -28,6 +29,14 @@ def test_arms_times_grid():
     assert len(plan.arms) == 8 and plan.seeds == (0, 3)
     last = plan.arms[-1].recipe
     assert (last.method.projector_dim, last.views.count, last.orthogonality.penalty) == (64, 4, "none")
+
+
+def test_arms_whose_spectra_and_features_are_drawn():
+    plan = read_plan(sweep(spectra=["none", "so"], umap=["so"]))
+    assert (plan.spectra, plan.umap) == (("none", "so"), ("so",))
+    cell = "so,projector_dim=32"
+    assert read_plan(sweep(grid={"method.projector_dim": [32, 64]}, spectra=[cell])).spectra == (cell,)
+    assert read_plan(sweep()).spectra == read_plan(sweep(umap=None)).umap == ()
 
 
 def test_a_grid_alone_and_changes_as_a_mapping():
@@ -70,6 +79,9 @@ def test_recipes_are_an_axis_along_which_arms_are_compared():
     plan = read_plan(tree | {"compare": "views.count"})
     compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
     assert compared["two,so,count=3"] == "two,so,count=2" and compared["loop"] == "loop"
+    plan = read_plan(tree | {"compare": {"none": "so"}})
+    compared = {arm.name: (plan.reference(arm) or arm).name for arm in plan.arms}
+    assert compared["two,none,count=3"] == "two,so,count=3" and compared["two,so,count=3"] == "two,so,count=3"
     plan = read_plan(tree)
     assert [plan.reference(arm) for arm in plan.arms] == [None, *[plan.arms[0]] * 8]
 
@@ -115,10 +127,28 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"arms": {"a": {"command": COMMAND[:3]}}}, "arms.a.command: has no {seed}"),
         ({"arms": {"a": {"command": "python x"}}}, "arms.a.command: a list of a program"),
         ({"arms": {"a": {"command": COMMAND, "views.count": 2}}}, "command goes with nothing else"),
-        ({"compare": "arms"}, "compare: unknown axis 'arms'; did you mean 'arm'"),
+        ({"compare": "arms"}, "compare: unknown axis 'arms': did you mean 'arm'"),
+        ({"compare": {"so": "non"}}, "compare: unknown arm 'non': did you mean 'none'"),
         ({"recipes": {"a": BASE}}, "recipe, recipes: give one"),
         ({"recipes": ["a.yaml"]}, "recipes: names with recipes are wanted"),
         ({"figures": "knn"}, "figures: a list of names"),
+        ({"time_to": "knn"}, "time_to: a metric with an arm or a value"),
+        ({"time_to": {"metric": "knn", "arms": "so"}}, "did you mean 'arm'"),
+        ({"time_to": {"metric": "kNN", "arm": "so"}}, "time_to.metric: unknown metric 'kNN'"),
+        ({"time_to": {"metric": "alpha_req", "value": 1}}, "time_to.metric: unknown metric 'alpha_req'"),
+        ({"time_to": {"metric": "knn", "arm": "nome"}}, "time_to.arm: unknown arm 'nome': did you mean 'none'"),
+        ({"time_to": {"metric": "knn", "arm": "so", "value": 80}}, "time_to: give arm, whose last"),
+        ({"time_to": {"metric": "knn"}}, "time_to: give arm, whose last"),
+        ({"time_to": {"metric": "knn", "value": "80 %"}}, "time_to.value: a number is wanted, not '80 %'"),
+        ({"time_to": {"metric": "knn", "value": float("nan")}}, "time_to.value: a number"),
+        (
+            {"time_to": {"metric": "knn", "value": 80}, "overrides": ["training.monitor_every=0"]},
+            "time_to: arm so never looks; set training.monitor_every",
+        ),
+        ({"spectra": ["non"]}, "spectra: unknown arm 'non': did you mean 'none'"),
+        ({"umap": ["so", "so"]}, "umap: names one twice"),
+        ({"spectra": "so"}, "spectra: a list of names is wanted"),
+        ({"arms": {"a": [], "loop": {"command": COMMAND}}, "umap": ["loop"]}, "umap: arm loop is a command"),
         ({"name": "../x"}, "name: '../x'"),
     ],
 )
@@ -126,6 +156,11 @@ def test_bad_input_is_one_line(keys: dict[str, Any], message: str):
     with pytest.raises(InputError) as told:
         read_plan(sweep(**keys))
     assert message in str(told.value) and "\n" not in str(told.value)
+
+
+def test_what_arms_are_timed_to():
+    assert read_plan(sweep(time_to={"metric": "rankme", "arm": "none"})).time_to == TimeTo(metric="rankme", arm="none")
+    assert read_plan(sweep(time_to={"metric": "knn", "value": 80})).time_to == TimeTo(metric="knn", value=80)
 
 
 def test_a_column_of_a_validation_split_may_select():
