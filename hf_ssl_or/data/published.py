@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.splits import find_split
@@ -40,7 +40,7 @@ class PublishedDataset:
     label_column: str | None = "label"
     splits: Mapping[str, str] = field(default_factory=dict)
     part_of: str | None = None
-    classes: str | None = None
+    classes: Literal["imagenet100"] | None = None
     num_classes: int
     images: Mapping[str, int]
     side: str = "varies"
@@ -163,7 +163,7 @@ def resolve_dataset(arguments: DataArguments) -> DataArguments:
     known, copy = find_published(name), _find_copy(name)
     if copy is None and known is not None and known.part_of is not None:
         arguments = replace(arguments, classes=arguments.classes or known.classes)
-        known, copy = PUBLISHED[known.part_of], _find_copy(known.part_of)
+        copy, known = _find_copy(known.part_of), PUBLISHED[known.part_of]
     if copy is None and known is not None and known.config is None:
         copy = _find_copy(known.hub_id)
     if copy is not None:
