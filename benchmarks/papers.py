@@ -41,9 +41,14 @@ def kept(machine: str, name: str) -> Path:
     return RESULTS / machine / "papers" / f"{name}.json"
 
 
-def add(root: Path, machine: str) -> None:
-    """Keeps the results of a sweep, with the machine and the day."""
+def add(root: Path, machine: str, *, untimed: bool) -> None:
+    """Keeps the results of a sweep, with the machine and the day; without minutes, where other work ran beside it."""
     results = read_record(SweepResults, root / "results.json")
+    if untimed:
+        results.columns.remove("minutes")
+        for run in (run for arm in results.arms for run in arm.runs):
+            run.metrics.pop("minutes", None)
+            run.curve.clear()
     path = kept(machine, results.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
@@ -83,11 +88,12 @@ def source(results: SweepResults, kept_tree: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, nargs="*", default=[], metavar="SWEEP", help="folders of sweeps to keep")
+    parser.add_argument("--untimed", action="store_true", help="without minutes: other work ran beside the sweep")
     parser.add_argument("--machine", default="cpu", help="whose results they are")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     for root in args.add:
-        add(root, args.machine)
+        add(root, args.machine, untimed=args.untimed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if args.check else FIGURES
         for page in sorted(DOCS.glob("*.md")):

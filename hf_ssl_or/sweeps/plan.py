@@ -101,10 +101,10 @@ class Plan:
         if self.compare is None:
             return None if arm is self.arms[0] else self.arms[0]
         if isinstance(self.compare, Mapping):
-            wanted = arm.axes | {ARM: self.compare.get(arm.axes[ARM])}
+            wanted = {**arm.axes, ARM: self.compare.get(arm.axes[ARM])}
             return next((one for one in self.arms if one.axes == wanted), None)
         others = {key: value for key, value in arm.axes.items() if key != self.compare}
-        alike = [one for one in self.arms if one.axes.keys() == arm.axes.keys() and one.axes | others == one.axes]
+        alike = [one for one in self.arms if one.axes.keys() == arm.axes.keys() and {**one.axes, **others} == one.axes]
         first = alike[0] if self.compare in arm.axes else arm
         return None if first is arm else first
 

@@ -272,7 +272,7 @@ def weight_decay(step: int, total_steps: int, arguments: OptimizerArguments) -> 
     start, end = arguments.weight_decay, arguments.weight_decay_end
     if end is None:
         return start
-    return end + (start - end) * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+    return start + (end - start) * (1 - math.cos(math.pi * min(step / total_steps, 1.0))) / 2
 
 
 def set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -121,7 +121,8 @@ def stored_size(
     """Sets how large images are stored, where the settings leave that to the views, when these are largest."""
     if data.cache_size:
         return data
-    side, every = data.image_size, [*views, *local_views]
+    side = data.image_size
+    every: list[Any] = [*views, *local_views]
     if size_schedule is not None:
         schedule = SizeSchedule(steps=check_size_schedule(size_schedule), full_size=full_size(every, side))
         every = list(schedule.resized(every, max(schedule.sizes), side))
@@ -156,7 +157,7 @@ def resolve_size_schedule(
             )
     for size in schedule.sizes:
         specs = schedule.resized(every, size, image_size)
-        for side in dict.fromkeys(spec.size for spec in specs):
+        for side in dict.fromkeys(spec.size or image_size for spec in specs):
             if (problem := refused_size(encoder, side)) is not None:
                 raise InputError(
                     f"views.size_schedule: the encoder takes no views of {side} x {side} pixels ({problem}); "
