@@ -17,6 +17,7 @@ from hf_ssl_or.data.shapes import SHAPES, ShapesSource
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
+from tests.voc import write_voc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 KINDS = ["crescent", "disk", "triangle"]
@@ -28,6 +29,14 @@ def run(script: str, *arguments: object) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=alone)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def refusal(*arguments: object) -> str:
+    """Runs detection.py, which refuses, and returns the line that says why."""
+    command = [sys.executable, str(DOCS / "detection.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 2
+    return done.stderr.splitlines()[-1]
 
 
 def save_encoder(folder: Path, channels: list[int], mean: float, std: float) -> Path:
@@ -77,5 +86,35 @@ def test_detection_on_real_images(real_data: Path, tmp_path: Path) -> None:
     encoder = save_encoder(tmp_path / "encoder", [8, 8, 16, 16], 0.06, 0.07)
     options = "--epochs 1 --limit 8 --batch-size 4 --width 16 --image-size 160 --smallest-anchor 8"
     result = run("detection.py", encoder, real_data / "cellbody_detection", *options.split())
-    assert 0 <= result["mAP"] <= result["mAP50"] <= 100
+    assert 0 <= result["AP"] <= result["AP50"] <= 100
     assert result["encoder"] == str(encoder) and not result["from_scratch"]
+
+
+@pytest.mark.slow
+def test_c4_detection_on_voc(tmp_path: Path) -> None:
+    """Two steps with the published proposals; then what is refused, in one line each."""
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pycocotools")
+    encoder = save_encoder(tmp_path / "encoder", [8, 8, 16, 16], 0.5, 0.25)
+    write_voc(tmp_path, trainval=["000001", "000002", "000003"], test=["000004"])
+    options = [
+        "--voc",
+        tmp_path,
+        "--head",
+        "c4",
+        "--image-size",
+        64,
+        96,
+        "--max-steps",
+        2,
+        "--json",
+        tmp_path / "a.json",
+    ]
+    result = run("detection.py", encoder, *options, "--batch-size", 2)
+    assert 0 <= result["AP"] <= result["AP50"] <= 100 and 0 <= result["AP75"] <= result["AP50"]
+    assert result == json.loads((tmp_path / "a.json").read_text())
+    assert (result["steps"], result["learning_rate"], result["batch_size"], result["head"]) == (24_000, 0.01, 2, "c4")
+    vit = tmp_path / "vit"
+    create_encoder("vit_tiny", image_size=32, patch_size=8, depth=1).save_pretrained(vit)
+    assert "--head c4: takes a ResNet" in refusal(vit, *options, "--batch-size", 2)
+    assert "--width: no setting of --head c4" in refusal(encoder, *options, "--width", 16)

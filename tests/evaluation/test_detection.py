@@ -1,6 +1,9 @@
-"""Our backbones in torchvision's Faster R-CNN and in detectors of transformers."""
+"""Our backbones in torchvision's Faster R-CNN and in detectors of transformers; VOC's format."""
 
 from __future__ import annotations
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,25 @@ from transformers import (
     RTDetrForObjectDetection,
 )
 
-from hf_ssl_or.evaluation.detection import PyramidBackbone
-from hf_ssl_or.models import SSLResNetBackbone, SSLResNetConfig, SSLResNetModel, SSLViTBackbone, SSLViTConfig
+from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.detection import (
+    VOC_CLASSES,
+    PyramidBackbone,
+    VOCDetection,
+    build_c4_detector,
+    load_voc,
+    read_voc_objects,
+    update_batch_norm,
+)
+from hf_ssl_or.models import (
+    SSLResNetBackbone,
+    SSLResNetConfig,
+    SSLResNetModel,
+    SSLViTBackbone,
+    SSLViTConfig,
+    SSLViTModel,
+)
+from tests.voc import SQUARE, write_annotation, write_voc
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SLIM = {"channels": [8, 16, 32, 64], "model_args": {"zero_init_last": False}}
@@ -149,3 +169,134 @@ def test_detr_freezes_our_resnet_until_told_otherwise() -> None:
     body.requires_grad_(True)
     detector(pixel_values=torch.randn(2, 3, 96, 96), labels=boxes()).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in body.parameters() if p.ndim > 1)
+
+
+def c4() -> tuple[SSLResNetModel, FasterRCNN]:
+    """An encoder, and the detector on a copy of it."""
+    torch.manual_seed(0)
+    encoder = SSLResNetModel(SSLResNetConfig(**SLIM))
+    return encoder, build_c4_detector(copy.deepcopy(encoder), 2, min_size=96, max_size=96)
+
+
+def test_c4_has_every_weight_of_the_encoder() -> None:
+    """Three stages before the proposals and the fourth in the head, and together they are the encoder."""
+    encoder, detector = c4()
+    head = detector.roi_heads.box_head
+    own = {**detector.backbone.state_dict(), **{f"layer4.{k}": v for k, v in head.layer4.state_dict().items()}}
+    expected = encoder.timm_model.state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], expected[name]) for name in own)
+    images = torch.randn(2, 3, 96, 96)
+    states = encoder.eval()(images, output_hidden_states=True)
+    stage3 = detector.eval().backbone(images)
+    assert stage3.shape == (2, 32, 6, 6) and torch.equal(stage3, states.hidden_states[3])
+    pooled = head.pool(head.layer4(stage3)).flatten(1)
+    torch.testing.assert_close(pooled, states.pooler_output)
+    torch.testing.assert_close(head(stage3), pooled / (1 + head.norm.eps) ** 0.5)  # a fresh batch norm
+
+
+def test_c4_pools_without_an_offset() -> None:
+    """On a map whose value is its column, a box of 14 columns gives these columns."""
+    columns = torch.arange(20.0).expand(1, 1, 20, 20).contiguous()
+    boxes = torch.tensor([[2 * 16.0, 0, 16 * 16, 14 * 16]])
+    pooled = c4()[1].roi_heads.box_roi_pool({"0": columns}, [boxes], [(320, 320)])
+    torch.testing.assert_close(pooled, torch.arange(2.0, 16.0).expand(1, 1, 14, 14))
+
+
+def test_c4_learns_a_square() -> None:
+    _, detector = c4()
+    image = torch.full((3, 96, 96), 0.2)
+    image[:, 16:48, 32:64] = 0.9
+    target = {"boxes": torch.tensor([[32.0, 16.0, 64.0, 48.0]]), "labels": torch.tensor([1])}
+    optimizer, losses = torch.optim.SGD(detector.parameters(), 0.02, momentum=0.9), []
+    for _ in range(12):
+        loss = sum(detector([image] * 2, [target] * 2).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.grad is not None for p in detector.parameters())
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda: SSLViTModel(SSLViTConfig(architecture="vit_tiny", image_size=64, model_args={"depth": 1})),
+        lambda: SSLResNetModel(SSLResNetConfig(**SLIM, stem="small")),
+        lambda: SSLResNetModel(SSLResNetConfig(architecture="wide_resnet28_2")),
+    ],
+)
+def test_c4_refuses_what_has_no_such_stages(encoder) -> None:
+    with pytest.raises(InputError, match=r"head c4: takes a ResNet .* standard stem"):
+        build_c4_detector(encoder(), 2)
+
+
+class Normalized(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, images: list[torch.Tensor], targets: list) -> torch.Tensor:
+        return self.norm(torch.stack(images))
+
+
+def test_batch_norms_hold_the_mean_over_batches() -> None:
+    torch.manual_seed(0)
+    model, data = Normalized(), torch.randn(4, 2, 3, 5, 5) + 3
+    model(list(data[0]), [])  # what was there before does not count
+    update_batch_norm(model, ((list(images), []) for images in data))
+    torch.testing.assert_close(model.norm.running_mean, data.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(model.norm.running_var, data.var((1, 3, 4)).mean(0))
+    assert model.norm.momentum == 0.1
+
+
+def test_voc_counts_from_one(tmp_path: Path) -> None:
+    """From pixel 33 to pixel 64, both included, is 32 wide; parts of an object are no objects."""
+    path = tmp_path / "a.xml"
+    write_annotation(path, [SQUARE, ("person", 1, (1, 1, 1, 96))])
+    boxes = [[32.0, 16.0, 32.0, 32.0], [0.0, 0.0, 1.0, 96.0]]
+    categories = [VOC_CLASSES.index("dog"), VOC_CLASSES.index("person")]
+    assert read_voc_objects(path) == {"bbox": boxes, "category": categories, "difficult": [False, True]}
+
+
+def test_voc_trains_on_both_years(tmp_path: Path) -> None:
+    first = write_voc(tmp_path / "VOCdevkit", trainval=["000001", "000002"], test=["000003"])
+    train, test = load_voc(tmp_path)
+    assert (len(train), len(test)) == (2, 1)
+    write_voc(tmp_path / "VOCdevkit", "2012", trainval=["2008_000001"])
+    train, test = load_voc(tmp_path / "VOCdevkit")
+    assert [path.stem for path in train.images] == ["000001", "000002", "2008_000001"]
+    assert test.images == [first / "JPEGImages" / "000003.jpg"]
+    item = train[2]
+    assert item["image"].size == (96, 96) and item["image"].getpixel((48, 32))[0] > 200
+    assert item["objects"] == {"bbox": [[32.0, 16.0, 32.0, 32.0]], "category": [11], "difficult": [False]}
+
+
+def test_voc_names_what_is_wrong(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path, trainval=["000001"])
+    annotation = folder / "Annotations" / "000001.xml"
+
+    def refusal(call=lambda: VOCDetection([(folder, "trainval")])) -> str:
+        with pytest.raises(InputError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "test.txt: missing" in refusal(lambda: load_voc(tmp_path))
+    assert "JPEGImages: no such folder" in refusal(lambda: load_voc(tmp_path / "elsewhere"))
+    write_annotation(annotation, [("dgo", 0, (1, 1, 2, 2))])
+    assert "000001.xml: unknown class 'dgo': did you mean 'dog'?" in refusal()
+    write_annotation(annotation, [("dog", 0, (5, 1, 4, 2))])
+    assert "the box of a dog is empty" in refusal()
+    write_annotation(annotation, [("dog", 0, ("left", 1, 4, 2))])
+    assert "a dog without the four numbers" in refusal()
+    annotation.write_text("<svg/>")
+    assert "its root is <svg>" in refusal()
+    outside = f'<!DOCTYPE a [<!ENTITY x SYSTEM "{(folder / "secret").as_uri()}">]><annotation>&x;</annotation>'
+    annotation.write_text(outside)
+    assert "undefined entity" in refusal()
+    annotation.unlink()
+    assert "000001.xml: cannot be read" in refusal()
+    (folder / "JPEGImages" / "000001.jpg").unlink()
+    assert "000001.jpg: missing" in refusal()
