@@ -55,7 +55,7 @@ class PublishedDataset:
 
 
 _IMAGENET = "gated: accept its terms on the Hub and log in; non-commercial research"
-_BOXES = "for detection; its boxes are not in the form that docs/detection.py takes; without labels per image"
+_BOXES = "for detection, without labels per image; docs/detection.py reads VOC's own folders (--voc), not this copy"
 PUBLISHED = {
     "cifar10": PublishedDataset(
         hub_id="uoft-cs/cifar10",
