@@ -97,13 +97,8 @@ class OrthogonalityConfig:
             raise ValueError("strength: srip moves along the vector of the steps before; leave fresh_start false")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON or YAML.
-
-        Keys that version 0.1 did not have are left out at their defaults, so that a run or an encoder of it compares
-        equal to the same settings today.
-        """
-        added = {"strength": None, "target": "identity", "band": None}
-        return {key: value for key, value in dataclasses.asdict(self).items() if added.get(key, ...) != value}
+        """Returns plain values for JSON or YAML."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OrthogonalityConfig":

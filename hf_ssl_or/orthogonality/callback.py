@@ -24,12 +24,14 @@ class OrthogonalityCallback(TrainerCallback):
 
     The penalty is logged as `orthogonality`; with a strength it has no weight.
 
-    Where the gradient is added: at `on_pre_optimizer_step`, once for all accumulation steps, on gradients that are
-    averaged over processes. Trainer has clipped by then, so clipping and the logged `grad_norm` see the gradient of the
-    loss alone; the penalty comes on top, unclipped. The gradients are unscaled by then too, so fp16 works; a step that overflowed is skipped
-    as a whole. The step of a strength is at `on_optimizer_step`, and is taken then too. It is spread over the run as
-    Trainer's learning rate is where that is a `LambdaLR`, as nearly all of transformers' schedulers are, and evenly
-    with another one (`orthogonality.strength.rate_of`).
+    The gradient is added at `on_pre_optimizer_step`, once for all accumulation steps, to gradients that are averaged
+    over processes. Trainer has clipped by then, so clipping and the logged `grad_norm` see the gradient of the loss
+    alone; the penalty comes on top, unclipped. The gradients are unscaled by then too, so fp16 works; a step that
+    overflowed is skipped as a whole.
+
+    The step of a strength is taken at `on_optimizer_step`, also where the optimizer's was skipped. It is spread over
+    the run as Trainer's learning rate is where that is a `LambdaLR`, as nearly all of transformers' schedulers are, and
+    evenly with another one (`orthogonality.strength.rate_of`).
 
     The log: the value at the last step goes into `state.log_history` and to callbacks after this one, which include
     the progress bar or printer. Trackers chosen by `report_to` come before it and do not see it.

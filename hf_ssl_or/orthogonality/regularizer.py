@@ -6,10 +6,10 @@ each matrix counts alike: SO and DSO are divided by the number of singular value
 SO leaves the mean of (s^2 - 1)^2; SRIP and mutual coherence are the largest deviation whatever R is, and stay; and the
 sum over matrices becomes the mean. So the value has the same scale for narrow and wide, shallow and deep encoders.
 
-With a `strength` there is no weight, and no optimizer rescales the penalty: after the optimizer's step each matrix moves
-by A <- A - a_t (G - I) A (A is W, or W^T where that is wide), for SRIP along its vector alone. Near orthogonality a
-deviation shrinks by 1 - 2 a_t, so a_t = strength / 2 * (the step's share of the run) leaves exp(-strength) of it at the
-end; the share is the learning rate's (`strength.Course`). A step further than 0.5 / max(1, ||G - I||_2) could
+With a `strength` there is no weight, and no optimizer rescales the penalty: after the optimizer's step each matrix
+moves by A <- A - a_t (G - I) A (A is W, or W^T where that is wide), for SRIP along its vector alone. Near orthogonality
+a deviation shrinks by 1 - 2 a_t, so a_t = strength / 2 * (the step's share of the run) leaves exp(-strength) of it at
+the end; the share is the learning rate's (`strength.Course`). A step further than 0.5 / max(1, ||G - I||_2) could
 overshoot: there a_t is bounded, matrix by matrix, by a norm that is known to be at least as large, Frobenius' for SO.
 With other targets something else stands for G - I, and the same holds.
 """
@@ -418,9 +418,7 @@ class OrthogonalityRegularizer:
         if self.config.target in _SCALE_FREE:
             grad_LOI, along_L = penalties.without_scale(grad_LOI, unit_LOI)
             norm_L = norm_L + factor_L * along_L.abs()  # of M minus a multiple of I
-        elif (
-            self.config.target == "start"
-        ):  # relative to c of G_0: the strength means the same for weights of any size
+        elif self.config.target == "start":  # relative to c of G_0, so that a strength means the same at any scale
             start_LRR = self._stacked_starts(sites, w_LOI)
             c_L = start_LRR.diagonal(dim1=1, dim2=2).real.mean(1).clamp_min(torch.finfo(values_L.dtype).tiny)
             factor_L = factor_L / c_L
