@@ -30,8 +30,8 @@ class OrthogonalityCallback(TrainerCallback):
     overflowed is skipped as a whole.
 
     The step of a strength is taken at `on_optimizer_step`, also where the optimizer's was skipped. It is spread over
-    the run as Trainer's learning rate is where that is a `LambdaLR`, as nearly all of transformers' schedulers are, and
-    evenly with another one (`orthogonality.strength.rate_of`).
+    the run as the learning rate is where the scheduler is a `LambdaLR`, as nearly all of transformers' are, and evenly
+    with another one (`orthogonality.strength.rate_of`).
 
     The log: the value at the last step goes into `state.log_history` and to callbacks after this one, which include
     the progress bar or printer. Trackers chosen by `report_to` come before it and do not see it.

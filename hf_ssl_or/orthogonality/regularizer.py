@@ -7,11 +7,11 @@ SO leaves the mean of (s^2 - 1)^2; SRIP and mutual coherence are the largest dev
 sum over matrices becomes the mean. So the value has the same scale for narrow and wide, shallow and deep encoders.
 
 With a `strength` there is no weight, and no optimizer rescales the penalty: after the optimizer's step each matrix
-moves by A <- A - a_t (G - I) A (A is W, or W^T where that is wide), for SRIP along its vector alone. Near orthogonality
-a deviation shrinks by 1 - 2 a_t, so a_t = strength / 2 * (the step's share of the run) leaves exp(-strength) of it at
-the end; the share is the learning rate's (`strength.Course`). A step further than 0.5 / max(1, ||G - I||_2) could
-overshoot: there a_t is bounded, matrix by matrix, by a norm that is known to be at least as large, Frobenius' for SO.
-With other targets something else stands for G - I, and the same holds.
+moves by A <- A - a_t (G - I) A (A is W, or W^T where that is wide), for SRIP along its vector alone. A small deviation
+from orthogonality shrinks by 1 - 2 a_t, so a_t = strength / 2 * (the step's share of the run) leaves exp(-strength) of
+it at the end; the share is the learning rate's (`strength.Course`). A step further than 0.5 / max(1, ||G - I||_2)
+could overshoot: there a_t is bounded, matrix by matrix, by a norm that is at least as large, Frobenius' for SO. With
+other targets something else stands for G - I, and the same holds.
 """
 
 from __future__ import annotations
