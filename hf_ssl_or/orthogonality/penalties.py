@@ -203,7 +203,7 @@ def without_scale(grad_LOI: Tensor, unit_LOI: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         What is left, orthogonal to W, and the multiples of W (L,) that were taken out.
     """
-    along_L = (grad_LOI * unit_LOI.conj()).real.sum((1, 2)) / min(unit_LOI.shape[1:])
+    along_L = torch.linalg.vecdot(unit_LOI.flatten(1), grad_LOI.flatten(1)).real / min(unit_LOI.shape[1:])
     return grad_LOI - along_L[:, None, None] * unit_LOI, along_L
 
 

@@ -424,8 +424,8 @@ class OrthogonalityRegularizer:
             factor_L = factor_L / c_L
             norm_L = (norm_L + start_LRR.abs().sum(2).amax(1)) / c_L  # at least ||G||_2 as well as ||G - G_0||_2
         bound_L = 0.5 / norm_L.clamp_min(1)
-        update_LOI = (bound_L.clamp_max(size) * factor_L)[:, None, None] * root * grad_LOI
-        return values_L, update_LOI, bound_L < size
+        scale_L11 = (bound_L.clamp_max(size) * factor_L)[:, None, None] * root
+        return values_L, grad_LOI.mul_(scale_L11), bound_L < size
 
     def _step_size(self) -> float:
         """a_t, without `every`."""
