@@ -134,7 +134,7 @@ def about(args: argparse.Namespace, packages: Sequence[str] = ()) -> Row:
     found = {name: version(name) for name in (*PACKAGES, *packages)}
     return {
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "gpu": gpu,
             "python": platform.python_version(),
@@ -145,7 +145,7 @@ def about(args: argparse.Namespace, packages: Sequence[str] = ()) -> Row:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -3,8 +3,8 @@
     python benchmarks/penalty.py --machine cpu --threads 2 [--quick]
 
 Per encoder and penalty, in turns: `add_gradients`, the same gradient by autograd in a plain loop over layers, and one
-forward and backward pass of the encoder without a penalty. "faster" is the loop's time over ours. What has a strength is
-timed by `step` instead, and compared with the loop of its penalty towards the identity. The pass is that of a small
+forward and backward pass of the encoder without a penalty. "faster" is the loop's time over ours. What has a strength
+is timed by `step` instead, and compared with the loop of its penalty towards the identity. The pass is that of a small
 batch; the penalty does not depend on the batch, so its share is also scaled to 512 images (256 in two views).
 Targets: at most 3 % of a ResNet-18 step for SO, 0.5 % for SRIP. Writes benchmarks/results/<machine>/penalty.json.
 """

@@ -159,19 +159,7 @@ def anatomy(rows: list[dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def accuracy(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each arm, mean and standard deviation over its seeds."""
-    thresholds = sorted(key for key in rows[0] if key.startswith("to_") and key.count("_") == 1)
-    forms = {"knn": ".2f", "linear": ".2f", "rankme": ".1f", **dict.fromkeys(thresholds, ".0f")}
-    heads = ["", "epochs", "kNN, %", "linear, %", "RankMe", *(f"to {key[3:]} %, 1,000 views" for key in thresholds)]
-    lines = [heads, ["---"] * len(heads)]
-    for row in rows:
-        cells = [f"{cell(row[key], form)} ± {cell(row[f'{key}_std'], form)}" for key, form in forms.items()]
-        lines.append([row["name"], str(row["epochs"]), *("" if cell == " ± " else cell for cell in cells)])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-SPECIAL = {"anatomy": anatomy, "accuracy": accuracy}
+SPECIAL = {"anatomy": anatomy}
 
 
 def source(script: str, results: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ examples:
   hf-ssl-or card runs/try --license apache-2.0 --output model_cards/try
   hf-ssl-or push runs/try org/name --license apache-2.0
   hf-ssl-or export runs/try --to timm --output try-timm
+  hf-ssl-or augmentation-graph --augmentations 1,2,4,8,16 --output graph.png
   hf-ssl-or list methods
 """
 
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_card(verbs)
     _add_push(verbs)
     _add_export(verbs)
+    _add_augmentation_graph(verbs)
     _add_list(verbs)
     return parser
 
@@ -247,9 +249,51 @@ def _add_card(verbs: argparse._SubParsersAction) -> None:
     card.add_argument("--table", action="store_true", help="a Markdown table that compares the runs, for a README")
 
 
+def _add_augmentation_graph(verbs: argparse._SubParsersAction) -> None:
+    graph = _verb(
+        verbs,
+        "augmentation-graph",
+        "draw what few augmentations leave of the eigenvalues of a graph of two classes, see docs/spectra.md",
+        "hf-ssl-or augmentation-graph --same 0.6 --same-class 0.2 --same-pixels 0.15 --neither 0.05",
+    )
+    probabilities = {
+        "--same": (0.6, "its own image"),
+        "--same-class": (0.2, "the other image of its class"),
+        "--same-pixels": (0.15, "the image of the other class that shares its pixels"),
+        "--neither": (0.05, "the fourth image"),
+    }
+    for option, (value, what) in probabilities.items():
+        meaning = f"probability that an augmentation looks like {what} (default: {value})"
+        graph.add_argument(option, type=float, default=value, metavar="P", help=meaning)
+    graph.add_argument(
+        "--augmentations",
+        type=_counts,
+        default=[1, 2, 4, 8, 16],
+        metavar="M,...",
+        help="augmentations of each image, comma-separated (default: 1,2,4,8,16)",
+    )
+    graph.add_argument("--repeats", type=int, default=200, help="graphs sampled for each (default: 200)")
+    graph.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    graph.add_argument(
+        "--output", type=Path, default=Path("augmentation-graph.png"), help="PNG; an SVG is written beside it"
+    )
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"whole numbers of 1 or more like 1,2,4, not {text!r}")
+    return values
+
+
 def _add_list(verbs: argparse._SubParsersAction) -> None:
-    listing = _verb(verbs, "list", "list methods, encoders, protocols or recipes", "hf-ssl-or list encoders 'vit_*'")
-    listing.add_argument("what", choices=["methods", "encoders", "protocols", "recipes"])
+    listing = _verb(
+        verbs, "list", "list methods, encoders, data sets, protocols or recipes", "hf-ssl-or list encoders 'vit_*'"
+    )
+    listing.add_argument("what", choices=["methods", "encoders", "datasets", "protocols", "recipes"])
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern (default: all)")
 
 
@@ -298,6 +342,7 @@ def _dispatch(argv: list[str]) -> int:
         "card": _card,
         "push": _push,
         "export": _export,
+        "augmentation-graph": _augmentation_graph,
         "list": _list,
     }
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
@@ -515,6 +560,24 @@ def _card(arguments: argparse.Namespace) -> int:
         print(f"wrote {arguments.output}")
     else:
         print(text)
+    return 0
+
+
+def _augmentation_graph(arguments: argparse.Namespace) -> int:
+    from hf_ssl_or.evaluation.augmentation_graph import AugmentationGraph, sample_spectra
+    from hf_ssl_or.report.augmentation_graph import graph_table, plot_graph
+    from hf_ssl_or.show import print_table
+
+    graph = AugmentationGraph(
+        same=arguments.same,
+        same_class=arguments.same_class,
+        same_pixels=arguments.same_pixels,
+        neither=arguments.neither,
+    )
+    spectra = sample_spectra(graph, arguments.augmentations, repeats=arguments.repeats, seed=arguments.seed)
+    drawn = plot_graph(graph, spectra, arguments.output)
+    print_table(graph_table(graph, spectra))
+    print(f"wrote {' and '.join(map(str, drawn.files))}")
     return 0
 
 

@@ -30,7 +30,7 @@ from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.loading import load_images
-from hf_ssl_or.data.published import find_dataset
+from hf_ssl_or.data.published import resolve_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.curation import Curation, Findings, curate
 from hf_ssl_or.evaluation.embeddings import Embeddings
@@ -83,7 +83,7 @@ def embed(
 
     Args:
         encoder: A name as for `hf-ssl-or evaluate`, or a module whose output has `pooler_output`.
-        dataset: What `data.dataset` takes, a name in `$HF_SSL_OR_DATA`, or a list of PIL images or arrays.
+        dataset: What `data.dataset` takes, or a list of PIL images or arrays.
         output: A .parquet or .npz file; None writes none. What an interrupted call of the same arguments has done is
             taken over, and so are the features of a complete file, if only other curation is asked for.
         split: Split of the set; None takes `data.train_split`.
@@ -114,7 +114,7 @@ def embed(
     work = _Work(
         frozen,
         images,
-        _folder_of(data.dataset),
+        _folder_of(resolve_dataset(data).dataset),
         curation,
         batch_size=batch_size,
         dtype=dtype,
@@ -203,13 +203,11 @@ def _named(dataset: str | Sequence[Any], overrides: Sequence[str]) -> tuple[List
     if wrong := [text for text in overrides if not text.startswith("data.")]:
         raise InputError(f"{wrong[0]}: only data.* settings concern embed")
     source = None
-    if isinstance(dataset, str):
-        name = find_dataset(dataset)
-    elif not len(dataset) or isinstance(dataset[0], str | Path):
-        raise InputError("dataset: a list holds one or more PIL images or arrays; of files name the folder")
-    else:
-        source, name = ListSource(dataset), "images"
-    recipe = recipe_from_dict({"data": {"dataset": name}}, "embed")
+    if not isinstance(dataset, str):
+        if not len(dataset) or isinstance(dataset[0], str | Path):
+            raise InputError("dataset: a list holds one or more PIL images or arrays; of files name the folder")
+        source, dataset = ListSource(dataset), "images"
+    recipe = recipe_from_dict({"data": {"dataset": dataset}}, "embed")
     return source, recipe.override(overrides).data
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 
-from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoder_loading import load_encoder
 from hf_ssl_or.evaluation.evaluator import evaluate_encoder
@@ -48,7 +47,7 @@ def evaluate(
     frozen = load_encoder(encoder)
     tree: dict[str, Any] = {"data": {"image_size": frozen.image_size}} if own is None else own.to_dict()
     if dataset is not None:
-        tree["data"] = {**tree["data"], "dataset": find_dataset(dataset)}
+        tree["data"] = {**tree["data"], "dataset": dataset, "classes": None}
         tree["evaluation_data"] = None
     recipe = recipe_from_dict(tree, encoder).override([*overrides, *_chosen(protocols)])
     data, like = frozen.prepare(recipe.evaluation_data or recipe.data)

@@ -10,9 +10,8 @@ from hf_ssl_or.errors import InputError
 
 
 def names_and_notes(what: str, pattern: str = "*") -> list[tuple[str, str]]:
-    """Returns (name, one-line note) of all methods, encoders, protocols or recipes whose name matches `pattern`."""
-    rows = {"methods": _methods, "encoders": _encoders, "protocols": _protocols, "recipes": _recipes}[what]()
-    return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
+    """Returns (name, one-line note) of all of a kind whose name matches `pattern`."""
+    return [row for row in KINDS[what]() if fnmatch.fnmatch(row[0], pattern)]
 
 
 def _methods() -> list[tuple[str, str]]:
@@ -32,6 +31,12 @@ def _protocols() -> list[tuple[str, str]]:
     from hf_ssl_or.evaluation.protocols import available_protocols, get_protocol
 
     return [(name, f"hash {get_protocol(name).hash}") for name in available_protocols()]
+
+
+def _datasets() -> list[tuple[str, str]]:
+    from hf_ssl_or.data.published import PUBLISHED
+
+    return [(name, known.describe()) for name, known in PUBLISHED.items()]
 
 
 def _recipes() -> list[tuple[str, str]]:
@@ -55,3 +60,12 @@ def _variants(path: Path) -> str:
 
 def _is_run(path: Path) -> bool:
     return not path.name.startswith("defaults") and not {"accelerate", "sweeps"} & set(path.parts)
+
+
+KINDS = {
+    "methods": _methods,
+    "encoders": _encoders,
+    "datasets": _datasets,
+    "protocols": _protocols,
+    "recipes": _recipes,
+}

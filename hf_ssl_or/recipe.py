@@ -23,6 +23,7 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.size_schedule import check_size_schedule
 from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.evaluator import EvaluationArguments
 from hf_ssl_or.methods import get_method
@@ -67,14 +68,20 @@ class ViewArguments:
         specs: Augmentation of the views, repeated in turn when shorter than `count`; None takes the method's.
         local_count: Number of smaller views, for methods with multi-crop.
         local_specs: Augmentation of the smaller views, which must set `size`.
+        size_schedule: Side of the views over the run, as pairs [share of the run, pixels]: [[0, 16], [0.5, 24],
+            [0.8, 32]]. An epoch has the size of the last pair that begins before the epoch ends. Local views and blur
+            scale by the same factor; what a crop shows of its image does not change. None: one size.
     """
 
     count: int = 2
     specs: list[ViewSpec] | None = None
     local_count: int = 0
     local_specs: list[ViewSpec] | None = None
+    size_schedule: list[Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.size_schedule is not None:
+            self.size_schedule = check_size_schedule(self.size_schedule)
         if self.count < 1:
             raise InputError(f"views.count: at least 1 view, not {self.count}")
         if self.local_count and not self.local_specs:
@@ -326,16 +333,27 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5])
         raise InputError(f"{path}: cannot be read ({error}){f'; beside it: {near}' if near else ''}") from error
-    tree = dict(_mapping(_parse(text, str(path)) or {}, "the file", str(path)))
-    if base := tree.pop("defaults", None):
-        return _merge(read_yaml(path.parent / str(base), (*above, path.resolve())), tree)
-    return tree
+    tree = _mapping(_parse(text, str(path)) or {}, "the file", str(path))
+    return with_defaults(tree, path.parent, (*above, path.resolve()))
+
+
+def with_defaults(tree: Mapping[str, Any], folder: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a recipe's keys over those of the file that its `defaults` names, if it has any.
+
+    Args:
+        tree: The keys.
+        folder: Where `defaults` starts from.
+        above: Files whose `defaults` led here.
+    """
+    own = dict(tree)
+    base = own.pop("defaults", None)
+    return own if base is None else _merge(read_yaml(folder / str(base), above), own)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), str):  # the short form: method: byol
+        if key == "method" and isinstance(value, Mapping) and isinstance(merged.get(key), str):  # method: byol
             merged[key] = {"name": merged[key]}
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value

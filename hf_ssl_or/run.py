@@ -96,13 +96,15 @@ class _Announcement(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            print_start(kwargs["trainer"].images)
+            trainer = kwargs["trainer"]
+            sizes, per_epoch = trainer.size_schedule, trainer.loader.steps_per_epoch
+            print_start(trainer.images, *([sizes.describe(per_epoch, trainer.total_steps)] if sizes else []))
 
 
 def load_training_images(recipe: Recipe) -> ImageSet:
     """Loads the images that a recipe trains on, stored as large as its views need."""
     views, local_views = view_specs(recipe)
-    data = stored_size(recipe.data, [*views, *local_views])
+    data = stored_size(recipe.data, views, local_views, recipe.views.size_schedule)
     return load_images(data, data.train_split, num_channels=recipe.encoder.num_channels)
 
 
@@ -123,6 +125,7 @@ def build_trainer(
         eval_dataset=labeled,
         views=views,
         local_views=local_views,
+        size_schedule=recipe.views.size_schedule,
         orthogonality=recipe.orthogonality,
         evaluation=recipe.evaluation,
         recipe=recipe.to_dict(),

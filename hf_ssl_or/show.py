@@ -12,6 +12,7 @@ from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.loading import describe_images
 from hf_ssl_or.evaluation.transfer import markdown_table, table_rows
 from hf_ssl_or.report.sweep_tables import differences_table, values_table
+from hf_ssl_or.report.tables import Table as ReportTable
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.labels import baseline_label, metric_label
 from hf_ssl_or.runs.results import Collapse, EncoderResults, Evaluation, Results
@@ -24,10 +25,10 @@ import hf_ssl_or  # or, without this package: AutoModel.from_pretrained(..., tru
 encoder = AutoModel.from_pretrained("{folder}")"""
 
 
-def print_start(images: ImageSet) -> None:
-    """Prints what a run trains on, on standard error."""
+def print_start(images: ImageSet, *more: str) -> None:
+    """Prints what a run trains on, and further lines, on standard error."""
     console = Console(stderr=True, highlight=False)
-    for line in describe_images(images):
+    for line in (*describe_images(images), *more):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -67,15 +68,19 @@ def print_transfer(results: dict[str, Any], *, markdown: bool = False) -> None:
 
 def print_sweep(results: SweepResults) -> None:
     """Prints the tables of a sweep."""
-    console = Console(highlight=False)
     for shown in (values_table(results), differences_table(results)):
         if shown is not None:
-            table = Table(title=shown.caption)
-            for head, numeric in zip(shown.head, shown.numeric, strict=True):
-                table.add_column(head, justify="right" if numeric else "left", overflow="fold")
-            for row in shown.rows:
-                table.add_row(*(cell.text for cell in row))
-            console.print(table)
+            print_table(shown)
+
+
+def print_table(shown: ReportTable) -> None:
+    """Prints a table of a report."""
+    table = Table(title=shown.caption)
+    for head, numeric in zip(shown.head, shown.numeric, strict=True):
+        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
+    for row in shown.rows:
+        table.add_row(*(cell.text for cell in row))
+    Console(highlight=False).print(table)
 
 
 def print_choice(choice: Choice, folder: Path | None) -> None:

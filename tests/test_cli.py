@@ -65,13 +65,14 @@ def test_preview_is_a_picture_of_all_views(tiny: Path, tmp_path: Path):
     assert Image.open(path).size == (4 * 100, 2 * 100)
 
 
-@pytest.mark.parametrize("what", ["methods", "encoders", "protocols", "recipes"])
+@pytest.mark.parametrize("what", ["methods", "encoders", "datasets", "protocols", "recipes"])
 def test_list(what: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert main(["list", what]) == 0
     expected = {
         "methods": "barlow_twins",
         "encoders": "resnet18",
+        "datasets": "uoft-cs/cifar10",
         "protocols": "knn",
         "recipes": "recipes/quickstart.yaml",
     }
@@ -132,3 +133,28 @@ def test_options_of_other_programs_are_answered_with_ours(tiny: Path, capsys: py
     )
     assert "write training.optimizer.lr=..." in refusal(capsys, "train", tiny, "--learning-rate", "1")
     assert "'num_train_epochs': set training.epochs" in refusal(capsys, "train", tiny, "training.num_train_epochs=5")
+
+
+def test_the_augmentation_graph_is_drawn_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "graph.png"
+    line = ["augmentation-graph", "--augmentations", "4,1", "--repeats", "50", "--output", str(path)]
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    assert "full graph" in shown and "0.360" in shown and f"wrote {path} and {path.with_suffix('.svg')}" in shown
+    assert min(Image.open(path).size) > 200 and "augmentations of each image" in path.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--same", "0.7"], "add up to 1 are wanted, not same 0.7"),
+        (["--same", "most"], "--same"),
+        (["--augmentations", "1,x"], "whole numbers of 1 or more like 1,2,4, not '1,x'"),
+        (["--augmentations", "0"], "1 or more"),
+        (["--repeats", "1"], "repeats: 2 or more"),
+        (["--output", "graph.pdf"], "graph.pdf: a name that ends in .png"),
+        (["--output", "/no/such/graph.png"], "/no/such/graph.png: cannot be written"),
+    ],
+)
+def test_bad_augmentation_graphs(options: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert message in refusal(capsys, "augmentation-graph", *options)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods import available_methods, get_method
-from hf_ssl_or.recipe import _parse, load_recipe, recipe_from_dict
+from hf_ssl_or.recipe import _parse, load_recipe, recipe_from_dict, recipe_variants
+from hf_ssl_or.run import build_method, view_specs
 from hf_ssl_or.training.description import identity, write_recipe
 
 MINIMAL = {"data": {"dataset": "shapes"}}
@@ -46,7 +49,11 @@ def test_what_was_resolved_reads_back_as_the_same_recipe(tmp_path: Path):
     tree = {
         **MINIMAL,
         "method": {"name": "byol"},
-        "views": {"count": 3, "specs": [{"blur": 0.5, "crop_scale": [0.1, 1]}]},
+        "views": {
+            "count": 3,
+            "specs": [{"blur": 0.5, "crop_scale": [0.1, 1]}],
+            "size_schedule": [[0, 16], [0.5, 32]],
+        },
         "orthogonality": {"penalty": "srip", "weight": 0.001},
         "encoder": {"name": "resnet18", "channels": [8, 16, 32, 64], "stem": "small"},
     }
@@ -61,7 +68,12 @@ def test_identity_leaves_out_what_cannot_change_the_weights():
         recipe_from_dict({**MINIMAL, "training": {"log_every": 3, "save_every": 1}}),
     )
     assert identity(quiet.to_dict()) == identity(loud.to_dict())
-    assert identity(quiet.to_dict()) != identity(recipe_from_dict({**MINIMAL, "training": {"seed": 1}}).to_dict())
+    for more in (
+        {"training": {"seed": 1}},
+        {"training": {"optimizer": {"weight_decay_end": 0.4}}},
+        {"views": {"size_schedule": [[0, 32]]}},
+    ):
+        assert identity(quiet.to_dict()) != identity(recipe_from_dict({**MINIMAL, **more}).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,12 @@ def test_identity_leaves_out_what_cannot_change_the_weights():
         ({**MINIMAL, "method": {"name": "byol", "tempo": 3}}, "unknown key in method"),
         ({**MINIMAL, "views": {"count": 0}}, "views.count: at least 1 view, not 0"),
         ({**MINIMAL, "views": {"specs": {"blur": 1}}}, "a list is wanted"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 16], [0, 32]]}}, "views.size_schedule: each step begins after"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 0]]}}, "views.size_schedule: a size is a number of pixels"),
+        ({**MINIMAL, "views": {"size_schedule": [[0, 16], [50, 32]]}}, "views.size_schedule: a share of the run"),
+        ({**MINIMAL, "views": {"size_schedule": 16}}, "views.size_schedule"),
+        ({**MINIMAL, "views": {"train_size_schedule": []}}, "set views.size_schedule"),
+        ({**MINIMAL, "training": {"optimizer": {"weight_decay_end": -1}}}, "optimizer.weight_decay_end: at least 0"),
         ({**MINIMAL, "views": {"specs": [{"blur": 2}]}}, "blur: a probability"),
         ({**MINIMAL, "views": {"specs": [{"blur": "much"}]}}, "views.specs[0]"),
         ({**MINIMAL, "orthogonality": {"penalty": "sso"}}, "penalty"),
@@ -106,20 +124,54 @@ def test_yaml_cannot_make_python_objects(tmp_path: Path):
         load_recipe(write(tmp_path / "evil.yaml", "data: !!python/object/apply:os.system ['true']"))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_recipe_of_the_repository_loads(path: Path):
-    if {"accelerate", "sweeps"} & set(path.parts) or path.name.startswith("defaults"):
-        pytest.skip("no recipe of a run")
+RECIPES = Path(__file__).parent.parent / "recipes"
+NO_RUNS = {"accelerate", "sweeps", "papers"}
+RUNS = [
+    path
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if not NO_RUNS & set(path.parts) and not path.name.startswith("defaults")
+]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(RECIPES).with_suffix("")))
+def test_every_recipe_of_the_repository_loads_and_builds(path: Path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any("train" in line for line in head) and any("xpect" in line for line in head), "command and expectation"
-    recipe = load_recipe(path)
-    assert recipe.orthogonality.penalty == "so" or path.stem == "quickstart"
+    command = next(line for line in head if " train recipes/" in line)
+    named = RECIPES.parent / re.search(r"recipes/\S+", command)[0]
+    assert named.parent == path.parent and named.stem.startswith(path.stem), "the command names another recipe"
+    assert any("xpect" in line for line in head), "expectation"
+    load_recipe(named)
+    recipe = load_recipe(path, ["encoder.init_from=null"])
+    for name in recipe_variants(path):
+        load_recipe(path.with_stem(f"{path.stem}-{name}"))
+    with torch.device("meta"):
+        assert build_method(recipe).num_views == recipe.views.count
+    view_specs(recipe)
+
+
+def test_papers_recipes_have_their_settings():
+    def load(name: str):
+        return load_recipe(RECIPES / f"{name}.yaml")
+
+    for method in ("moco_v2", "moco_v3", "dino", "nnbyol", "byol"):
+        small, large, wide = (
+            load(f"cifar100/{method}/{encoder}") for encoder in ("resnet18", "resnet50", "wide_resnet28_2")
+        )
+        assert (small.data.dataset, small.training.epochs, small.training.batch_size) == ("cifar100", 1000, 256)
+        assert small.orthogonality.penalty == "so" and small.method_name == method
+        assert large.encoder.name == "resnet50" and wide.encoder.name == "wide_resnet28_2"
+        assert large.encoder.stem == "small" and large.training == wide.training == small.training
+    byol, barlow = load("imagenet1k/byol/resnet50"), load("cifar10/barlow_twins/resnet50")
+    assert (byol.training.epochs, byol.training.batch_size, byol.data.dataset) == (100, 2048, "imagenet-1k")
+    assert barlow.training.optimizer.schedule == "constant" and barlow.training.batch_size == 512
+    assert load("cifar10/barlow_twins/resnet50-4views").training.batch_size == 128
+    swav = load("stl10/swav/resnet50-6local")
+    assert (swav.views.local_count, swav.views.local_specs[0].size, swav.data.train_split) == (6, 32, "unlabeled")
+    assert swav.evaluation_data is not None and swav.evaluation_data.train_split == "train"
 
 
 def test_every_method_has_a_recipe_with_every_penalty():
-    folder = Path(__file__).parent.parent / "recipes" / "cifar10"
+    folder = RECIPES / "cifar10"
     vits = [folder / "dino" / f"vit-{size}.yaml" for size in ("tiny", "small", "base")]
     for name in available_methods():
         encoder = "vit-tiny" if get_method(name).needs_patches else "resnet18"

@@ -16,10 +16,12 @@ class DataArguments:
     """Settings of the data.
 
     Attributes:
-        dataset: A Hub id; a folder of parquet files or of `save_to_disk`; a folder of images (flat, with a subfolder
-            per class, or with split folders as the `datasets` library names them: train, training, dev, test ...);
-            a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl with a column of
-            paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
+        dataset: A short name (cifar10, stl10, imagenet100 ..., see `hf-ssl-or list datasets`), of which settings that
+            are left alone take what is known of the set; a Hub id; a folder in `$HF_SSL_OR_DATA`, by its name or the
+            set's, which wins over the Hub; a folder of parquet files or of `save_to_disk`; a folder of images (flat,
+            with a subfolder per class, or with split folders as the `datasets` library names them: train, training,
+            dev, test ...); a pattern of images such as "photos/**/*.{jpg,png}"; a list of paths (.csv, .tsv, .jsonl
+            with a column of paths, .txt with one per line), relative to its folder; a WebDataset pattern such as
             "shards/train-{000..009}.tar"; or the built-in "shapes". "{split}" in a path stands for the split's name.
             With `streaming` also a pattern of .parquet files, and of URLs of .tar or .parquet.
         dataset_config: Configuration of a Hub dataset that has several.
@@ -28,6 +30,8 @@ class DataArguments:
         image_column: Column of the images or of their paths, "meta.img" for one in a struct; in tar files the field
             ("left.png"). None finds it where only one may be it.
         label_column: Column of the labels, likewise; None finds it, or goes without labels.
+        classes: Keeps the images of these classes, by name, which are numbered in the order of this list; or
+            "imagenet100", the 100 classes of Tian et al. (ECCV 2020) of a set with ImageNet's. None keeps all.
         image_size: Side of the square views in pixels, where a view does not say otherwise, and of the squares that
             the encoder gets in evaluation.
         crop_pct: Share of the shorter side that evaluation keeps: it is resized to `image_size / crop_pct`, and the
@@ -64,6 +68,7 @@ class DataArguments:
     test_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
+    classes: Literal["imagenet100"] | list[str | int] | None = None
     image_size: int = 32
     crop_pct: float | int = 1.0
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] = "bilinear"
@@ -115,6 +120,13 @@ class DataArguments:
             raise InputError(f"data.std: more than 0 in each channel, not {min(self.std)}")
         if self.streaming and self.fraction != 1:
             raise InputError("data.fraction: a streamed set is used whole; list fewer shards in data.dataset")
+        if isinstance(self.classes, list) and not 0 < len(self.classes) == len(set(map(str, self.classes))):
+            raise InputError("data.classes: one or more names, each once; leave it out for all classes")
+        if self.streaming and self.classes is not None:
+            raise InputError(
+                "data.classes: a streamed set is used whole; leave out data.streaming, or data.classes "
+                "(imagenet100 is imagenet-1k with data.classes)"
+            )
         if self.streaming and self.cache == "disk":
             raise InputError("data.cache: a streamed set is not stored; leave out data.cache, or data.streaming")
         if not self.dataset:

@@ -17,8 +17,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from hf_ssl_or.data.image_source import ImageReader, ImageSource
 from hf_ssl_or.data.resize_matrices import resize_fast
-from hf_ssl_or.data.sources import ImageReader, ImageSource
 from hf_ssl_or.distributed import rank
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import (

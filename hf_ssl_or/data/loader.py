@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_ssl_or.data.augmentation_sampling import ViewGroup, ViewPlan, check_channels
 from hf_ssl_or.data.callable_views import CallablePlan, CallableViews
 from hf_ssl_or.data.image_dataset import ImageSet
+from hf_ssl_or.data.size_schedule import SizeSchedule
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.structures import MultiViewBatch, ViewSpec
 
@@ -77,7 +78,30 @@ class ViewLoader:
         self._order = images.order(batch_size, seed)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.wait_s = 0.0
+        self._schedule: SizeSchedule | None = None
+        self._total_steps = 0
+        self._specs = {
+            images.image_size: [views.specs for views in lists]
+        }  # of each list, by size of the global views
         self._prefetch = prefetch and self.device.type == "cuda"
+
+    def follow(self, schedule: SizeSchedule, total_steps: int) -> None:
+        """Makes the size of the views a function of the epoch.
+
+        Args:
+            schedule: The sizes.
+            total_steps: Steps of the whole run.
+        """
+        self._schedule, self._total_steps, side = schedule, total_steps, self.images.image_size
+        self._specs = {
+            size: [schedule.resized(views.specs, size, side) for views in self._lists] for size in schedule.sizes
+        }
+
+    def view_size(self, step: int) -> int:
+        """Returns the side of a step's global views; without a schedule, that of views that name no size."""
+        if self._schedule is None:
+            return self.images.image_size
+        return self._schedule.size(step // self.steps_per_epoch, self.steps_per_epoch, self._total_steps)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MultiViewBatch]:
         """Yields the batches of global steps start_step, ..., stop_step - 1, over any number of epochs."""
@@ -103,13 +127,13 @@ class ViewLoader:
             yield self._batch(step, views, index_B)
 
     def _plan(self, step: int) -> ViewPlan:
-        epoch, size = step // self.steps_per_epoch, self.images.image_size
+        epoch, size = step // self.steps_per_epoch, self.view_size(step)
         return ViewPlan(
             self.indices(step),
             tuple(
-                ViewGroup(specs=views.specs, size=size, seed=self.seed, epoch=epoch, first_view=views.first)
-                for views in self._lists
-                if views.specs
+                ViewGroup(specs=specs, size=size, seed=self.seed, epoch=epoch, first_view=views.first)
+                for views, specs in zip(self._lists, self._specs[size], strict=True)
+                if specs
             ),
         )
 

@@ -11,6 +11,7 @@ import torch
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.decode import DecodeJob, Tally
 from hf_ssl_or.data.image_dataset import ImageSet, Storage
+from hf_ssl_or.data.image_source import ImageSource
 from hf_ssl_or.data.labels import choose_rows
 from hf_ssl_or.data.pixel_kind import (
     PixelKind,
@@ -22,7 +23,7 @@ from hf_ssl_or.data.pixel_kind import (
     wanted_range,
 )
 from hf_ssl_or.data.pixel_store import PixelStore, decode_to_disk, decode_to_memory
-from hf_ssl_or.data.sources import ImageSource, load_source
+from hf_ssl_or.data.sources import load_source
 from hf_ssl_or.data.stream import load_stream
 from hf_ssl_or.models.image_conversion import Preprocessing
 

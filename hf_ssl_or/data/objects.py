@@ -15,15 +15,17 @@ import numpy as np
 import torch
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.class_subset import keep_classes
 from hf_ssl_or.data.hf_dataset import find_array_column, open_table, table_labels
 from hf_ssl_or.data.image_dataset import ImageSet, same_labels
 from hf_ssl_or.data.image_files import FileSource
+from hf_ssl_or.data.image_source import ImageSource
 from hf_ssl_or.data.in_memory import ListSource
 from hf_ssl_or.data.iterable import read_stream
 from hf_ssl_or.data.labels import encode_labels, hold_out
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.data.map_style import MapSource, split_item
-from hf_ssl_or.data.sources import ImageSource, list_splits
+from hf_ssl_or.data.sources import list_splits
 from hf_ssl_or.data.splits import TEST_SPLITS, find_split
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing
@@ -187,7 +189,7 @@ def open_object(dataset: Any, arguments: DataArguments, *, split: str = "train",
         raise InputError(f"data: a {kind} holds no images that can be read by number{hint}; give {_TAKEN}")
     if not len(source):
         raise InputError(f"data: {source.name} ({kind}) holds no image")
-    return source
+    return keep_classes(source, arguments.classes)
 
 
 def _is_plain_folder(dataset: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.sources import ImageReader
+from hf_ssl_or.data.image_source import ImageReader
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.models.image_conversion import Preprocessing, ValueRange, is_eight_bit, to_pixels, upright_size
 from hf_ssl_or.randomness import keyed_permutation

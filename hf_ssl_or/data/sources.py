@@ -5,69 +5,35 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from urllib.parse import urlsplit
 
 import datasets
-import numpy as np
-from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
+from hf_ssl_or.data.class_subset import keep_classes
 from hf_ssl_or.data.hf_dataset import is_saved, load_tables, loading, open_table
 from hf_ssl_or.data.image_files import extension
 from hf_ssl_or.data.image_folder import ImageFolder, open_folder, open_glob
 from hf_ssl_or.data.image_list import LIST_EXTENSIONS, ImageList
-from hf_ssl_or.data.published import find_dataset
+from hf_ssl_or.data.image_source import ImageSource
+from hf_ssl_or.data.published import known_columns, own_split, resolve_dataset
 from hf_ssl_or.data.shapes import ShapesSource
 from hf_ssl_or.data.splits import SPLITS, find_split, splits_in
 from hf_ssl_or.data.webdataset import TarSource, expand_braces, expand_shards
 from hf_ssl_or.errors import InputError
 
 
-class ImageReader(Protocol):
-    """Images that are opened by number."""
-
-    def read(self, i: int) -> Image.Image | np.ndarray:
-        """Opens image i: a PIL image that need not be decoded yet, or an array (H, W) or (H, W, C).
-
-        Raises:
-            ValueError, OSError: This one image cannot be read.
-        """
-        ...
-
-    def describe(self, i: int) -> str:
-        """Returns where image i is, for messages."""
-        ...
-
-
-class ImageSource(ImageReader, Protocol):
-    """A split of a data set.
-
-    Attributes:
-        name: What the user calls it.
-        fingerprint: Changes when the content does.
-        labels: int64, (n,), or None where an image has none.
-        class_names: Names of the labels, or None.
-    """
-
-    name: str
-    fingerprint: str
-    labels: np.ndarray | None
-    class_names: list[str] | None
-
-    def __len__(self) -> int: ...
-
-
 def load_source(arguments: DataArguments, split: str) -> ImageSource:
     """Opens a split, by its own name or the one that the `datasets` library has for it.
 
     Raises:
-        InputError: There is no such data set, split or column, or it holds no image.
+        InputError: There is no such data set, split, column or class, or it holds no image.
     """
-    splits, source_of = _open(arguments)
-    source = source_of(_known_split(arguments, split, splits))
+    resolved = resolve_dataset(arguments)
+    splits, source_of = _open(resolved, arguments.dataset)
+    source = keep_classes(source_of(_known_split(arguments, split, splits)), resolved.classes)
     if not len(source):
         raise InputError(f"data.dataset: there is no image in {arguments.dataset}, split {split!r}")
     return source
@@ -80,15 +46,14 @@ def list_splits(arguments: DataArguments) -> list[str]:
     """
     if arguments.streaming:
         return [arguments.train_split]
-    splits, _ = _open(arguments)
+    splits, _ = _open(resolve_dataset(arguments), arguments.dataset)
     named = [split for split in splits if split in SPLITS or not splits_in(split) & set(splits)]
     wanted = (arguments.train_split, arguments.test_split)
-    return named + [split for split in wanted if split not in named and find_split(split, splits)]
+    return named + [split for split in wanted if split not in named and _find(arguments, split, splits)]
 
 
-def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSource]]:
-    """Returns the splits of a data set, and what opens one."""
-    arguments = replace(arguments, dataset=find_dataset(arguments.dataset))
+def _open(arguments: DataArguments, name: str) -> tuple[list[str], Callable[[str], ImageSource]]:
+    """Returns the splits of a data set, which the user calls `name`, and what opens one."""
     dataset, kind = arguments.dataset, _kind(arguments.dataset)
     train, both = arguments.train_split, list(dict.fromkeys((arguments.train_split, arguments.test_split)))
     if kind == "shapes":
@@ -98,7 +63,12 @@ def _open(arguments: DataArguments) -> tuple[list[str], Callable[[str], ImageSou
         )
     if kind == "table":
         tables = load_tables(arguments)
-        return list(tables), lambda split: open_table(tables[split], arguments, split)
+
+        def source_of(split: str) -> ImageSource:
+            table = tables[split]
+            return open_table(table, known_columns(name, table.column_names, arguments), split)
+
+        return list(tables), source_of
     if kind == "shards":
         splits = [split for split in both if _shards(arguments, split)] if "{split}" in dataset else [train]
         return splits, lambda split: TarSource(dataset, _shards(arguments, split), arguments.image_column)
@@ -156,13 +126,17 @@ def _kind(dataset: str) -> Literal["shapes", "shards", "folder", "list", "glob",
 
 def _known_split(arguments: DataArguments, split: str, splits: list[str]) -> str:
     """Returns the name by which the set knows a split."""
-    found = find_split(split, splits)
+    found = _find(arguments, split, splits)
     if found is None:
         raise InputError(
             f"data: {arguments.dataset} has no split {split!r}; available: {', '.join(splits) or 'none'} "
             "(data.train_split and data.test_split name them)"
         )
     return found
+
+
+def _find(arguments: DataArguments, split: str, splits: list[str]) -> str | None:
+    return find_split(own_split(arguments.dataset, split, splits), splits)
 
 
 def _shards(arguments: DataArguments, split: str) -> list[Path]:
@@ -211,10 +185,11 @@ def _expand_urls(pattern: str, split: str) -> list[str]:
 
 def _resolved_files(arguments: DataArguments, split: str) -> list[str]:
     """Lists the files that the `datasets` library finds for a split of a folder or a Hub id."""
-    kind, folder = _kind(arguments.dataset), Path(arguments.dataset).expanduser()
+    resolved = resolve_dataset(arguments)
+    kind, folder = _kind(resolved.dataset), Path(resolved.dataset).expanduser()
     if kind in ("shapes", "list", "glob") or is_saved(folder):
         raise InputError(f"data.streaming: {arguments.dataset} is not made of shards; leave out data.streaming")
     with loading(arguments.dataset):
-        path = str(folder) if folder.is_dir() else arguments.dataset
-        files = datasets.load_dataset_builder(path, arguments.dataset_config).config.data_files or {}
+        path = str(folder) if folder.is_dir() else resolved.dataset
+        files = datasets.load_dataset_builder(path, resolved.dataset_config).config.data_files or {}
     return list(files[_known_split(arguments, split, list(files))])

@@ -13,7 +13,6 @@ import torch
 
 from hf_ssl_or.data.arguments import DataArguments
 from hf_ssl_or.data.image_dataset import ImageSet
-from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.encoder_loading import FrozenEncoder, load_encoder
 from hf_ssl_or.evaluation.evaluator import EvaluationArguments, Evaluator
@@ -41,7 +40,7 @@ def evaluate_transfer(
 
     Args:
         encoders: Names as for `load_encoder`.
-        datasets: Hub ids, folders, "shapes", or names in the folder `$HF_SSL_OR_DATA`.
+        datasets: What `data.dataset` takes.
         arguments: Protocols, seeds and sizes.
         data: Everything about the data sets but their name and size; a set without a test split is evaluated on its
             validation split.
@@ -121,7 +120,7 @@ class _Row:
 
 def _load(data: DataArguments, dataset: str, encoder: FrozenEncoder) -> tuple[ImageSet, ImageSet]:
     """Loads a data set as the encoder wants it."""
-    data, like = encoder.prepare(find_test_split(replace(data, dataset=find_dataset(dataset))))
+    data, like = encoder.prepare(find_test_split(replace(data, dataset=dataset)))
     labeled = load_labeled(data, num_channels=encoder.processing.num_channels, like=like)
     assert labeled is not None
     return labeled

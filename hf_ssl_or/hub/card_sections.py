@@ -92,23 +92,29 @@ def training(run: RunRecord) -> str:
     loop, optimizer, data, views = recipe["training"], recipe["training"]["optimizer"], recipe["data"], recipe["views"]
     images = "" if run.results is None else f", {run.results.data.images:,} images"
     local = f", and {views['local_count']:d} smaller ones" if views["local_count"] else ""
-    whitening = recipe["feature_whitening"]["weight"]
+    whitening, decay_end = recipe["feature_whitening"]["weight"], optimizer.get("weight_decay_end")
+    decay_end = "" if decay_end is None else f" to {decay_end:g}"
     share = "" if data["fraction"] == 1 else f" (a seeded {100 * data['fraction']:g} % of the split)"
     length = "" if loop["max_steps"] else f"{counted(loop['epochs'], 'epoch')}, "
     rows = {
         "Images": f"{code(data['dataset'])}, split {code(data['train_split'])}{images}{share}; labels were not used",
         "Encoder": _encoder(recipe["encoder"]),
         "Method": method_of(run)[0],
-        "Views": f"{views['count']:d} of each image{local}",
+        "Views": f"{views['count']:d} of each image{local}{_sizes(views.get('size_schedule') or [])}",
         "Orthogonality penalty": penalty_of(run) or "none",
         "Feature whitening": f"weight {whitening:g}" if whitening else "none",
         "Length": f"{length}{run.steps:,} steps of {loop['batch_size']:,} images",
         "Optimizer": f"{code(optimizer['name'])}, learning rate {optimizer['lr']:g}, weight decay "
-        f"{optimizer['weight_decay']:g}, schedule {code(optimizer['schedule'])}",
+        f"{optimizer['weight_decay']:g}{decay_end}, schedule {code(optimizer['schedule'])}",
         "Precision": "float32" if loop["mixed_precision"] == "no" else code(loop["mixed_precision"]),
         "Seed": f"{loop['seed']:d}",
     }
     return table(("", ""), list(rows.items()), words=2) + _objects(recipe.get("objects") or [])
+
+
+def _sizes(schedule: list[list[float]]) -> str:
+    steps = [f"{size:d} pixels from {100 * share:g} % of the run" for share, size in schedule]
+    return f"; {', '.join(steps)}" if steps else ""
 
 
 def _objects(names: list[str]) -> str:

@@ -15,9 +15,8 @@ value decomposition would wait for the device.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor

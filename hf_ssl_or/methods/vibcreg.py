@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ssl_or.errors import InputError
 from hf_ssl_or.methods.base import require_positive
 from hf_ssl_or.methods.base_methods import ProjectionMethod
 from hf_ssl_or.methods.functional import full_precision, mean_of_others, product_split, variance_hinge
@@ -153,7 +154,7 @@ class VIbCReg(ProjectionMethod):
         """Adds IterNorm."""
         super().build_heads()
         config = self.config
-        if config.iternorm and self.projection_dim % config.iternorm_group:  # without projector, unlike the settings' own
+        if config.iternorm and self.projection_dim % config.iternorm_group:
             raise InputError(
                 f"method.iternorm_group: must divide the encoder's width, {self.projection_dim}, "
                 f"not {config.iternorm_group}"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -387,6 +387,26 @@ def adapt_encoder(
     with torch.random.fork_rng(devices=[]):
         adapter._probe(image_size, num_channels, untrained, trainable)
     return adapter
+
+
+def patch_side(encoder: Any) -> int:
+    """Returns the side of an encoder's patches in pixels, of which its images are multiples; 1 where it has none."""
+    net = getattr(encoder, "net", None) or getattr(encoder, "timm_model", encoder)
+    owners = (encoder.config, getattr(net, "config", None), getattr(net, "patch_embed", None))
+    sides = (_side(getattr(owner, "patch_size", None)) for owner in owners)
+    return next((side for side in sides if side is not None), 1)
+
+
+def refused_size(encoder: nn.Module, side: int) -> str | None:
+    """Says why an encoder, adapted, takes no images of a size, tried on two of them; None where it does."""
+    weight, config = next(encoder.parameters()), cast(Any, encoder.config)
+    x_BCHW = torch.zeros(2, config.num_channels, side, side, device=weight.device, dtype=weight.dtype)
+    try:
+        with _evaluating(encoder), torch.random.fork_rng(devices=[]):
+            encoder(x_BCHW)
+    except _REFUSALS as error:
+        return " ".join(str(error).split())[:150] or type(error).__name__
+    return None
 
 
 def _without_head(net: Any) -> tuple[nn.Module, list[str]]:

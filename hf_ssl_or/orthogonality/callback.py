@@ -85,7 +85,7 @@ class OrthogonalityCallback(TrainerCallback):
         if self.regularizer.decoupled:
             self.regularizer.follow(rate_of(kwargs["lr_scheduler"]))
 
-    def _build(self, model: nn.Module) -> OrthogonalityRegularizer:
+    def _build(self, model: Any) -> OrthogonalityRegularizer:
         kind = AcceleratorState().distributed_type
         if kind in _SHARDED:
             raise InputError(f"OrthogonalityCallback: {kind.value} shards the weights; train with DDP or one process")

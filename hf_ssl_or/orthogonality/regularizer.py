@@ -21,6 +21,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +257,7 @@ class OrthogonalityRegularizer:
         Waits for the device: a diagnostic, not for every step.
         """
         parts = {site.name: site.parts for site in self._sites}
-        shares = {}
+        shares: dict[str, float] = {}
         for names, count_L in self._bounded.items():
             counts = count_L.cpu().split([parts[name] for name in names])
             shares |= {
@@ -516,8 +517,10 @@ def _local_updates(sites: list[Site], weights: list[nn.Parameter], update_LOI: T
 
 def _check_loaded(encoder: nn.Module) -> None:
     """Refuses a model of transformers or of this package that says it is new; other modules do not say."""
-    config = getattr(encoder, "config", None)
-    if isinstance(encoder, PreTrainedModel) and not config.name_or_path and not getattr(config, "pretraining", None):
+    if not isinstance(encoder, PreTrainedModel):
+        return
+    config: Any = encoder.config
+    if not config.name_or_path and not getattr(config, "pretraining", None):
         raise InputError(
             "orthogonality.target: start keeps the Gram matrices of loaded weights, and these are new; load some "
             "(encoder.init_from, from_pretrained), or say where they are from in encoder.config.name_or_path"

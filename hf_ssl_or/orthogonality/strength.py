@@ -96,7 +96,7 @@ def rate_of(scheduler: Any) -> Callable[[int], float] | None:
     parameters that of the first is taken. Others know their next step only.
     """
     if isinstance(scheduler, LambdaLR):
-        return scheduler.lr_lambdas[0]  # type: ignore[no-any-return]
+        return scheduler.lr_lambdas[0]
     if scheduler is not None:
         _logger.warning(
             "orthogonality.strength: spread evenly over the run, since the course of a %s is not known beforehand; "

@@ -27,6 +27,7 @@ _MEASURES = (
     *("lidar", "nesum", "feature_std", "orthogonality_error"),
 )
 _RATES = ("views_per_second", "data_wait_percent")
+_LINEAR = {"lr", "weight_decay", "view_size"}
 _NOT_DRAWN = {"step", "epoch", "dimension", "samples"}
 
 Series = dict[str, list[dict[str, float]]]
@@ -36,7 +37,10 @@ def plot_losses(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws the loss, its terms, the penalty and the learning rate of every run over its steps."""
     lines = {run.name: run.train for run in runs}
     names = _names(
-        lines, first=("loss",), last=("penalty", "grad_norm", "lr"), leave=_NOT_DRAWN | {"images_per_second", *_RATES}
+        lines,
+        first=("loss",),
+        last=("penalty", "grad_norm", "lr", "weight_decay", "view_size"),
+        leave=_NOT_DRAWN | {"images_per_second", *_RATES},
     )
     caption = "Means between two log lines. A logarithmic axis is used where values spread widely."
     return _draw(lines, names, folder, "loss", "Loss and its terms", caption)
@@ -106,7 +110,7 @@ def _draw(
             if points:
                 plot_curve(axes, [x for x, _ in points], [y for _, y in points], i)
                 values += [y for _, y in points]
-        log = not from_zero and name != "lr" and is_wide(values)
+        log = not from_zero and name not in _LINEAR and is_wide(values)
         axes.set_yscale("log" if log else "linear")
         axes.set_title(shorten(metric_label(name).title, 44))
         axes.margins(x=0.03)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.evaluation.curation import nearest_neighbors
 from hf_ssl_or.report.style import FAINT, MARKERS, Drawn, add_legend, color, legend_height, panels, save, shorten
 from hf_ssl_or.runs.labels import printable
-from hf_ssl_or.runs.reader import RunRecord
+from hf_ssl_or.runs.reader import Arrays, RunRecord
+from hf_ssl_or.runs.representations import Embedding, round_to_digits
 
 MOST_CLASSES = 10  # that a legend tells apart
+NEIGHBORS = 10
 _TILE = 0.72  # inches
 _NEEDS_UMAP = "--umap: needs the package umap-learn; install it with: pip install 'hf-ssl-or[report]'"
 
@@ -57,23 +62,50 @@ def plot_embedding(runs: Sequence[RunRecord], folder: Path, *, umap: bool) -> li
         InputError: UMAP is asked for and not installed.
     """
     found = [run for run in runs if run.features]
-    if not found:
-        return []
-    points = [principal_components(run.features["features"]) for run in found]
-    axes = [f"{run.name}: {100 * share:.0f} % of the variance" for run, (_, share) in zip(found, points, strict=True)]
-    drawn = [_scatter(found, [xy for xy, _ in points], folder, "embedding-pca", "PCA", f" {'; '.join(axes)}.")]
-    if umap:
-        xy = [_umap(run.features["features"]) for run in found]
-        drawn.append(_scatter(found, xy, folder, "embedding-umap", "UMAP", " Distances between groups mean little."))
-    return drawn
+    methods = ["PCA", *(["UMAP"] if umap else [])] if found else []
+    return [plot_points({run.name: embed(run.features, method) for run in found}, folder) for method in methods]
+
+
+def embed(arrays: Arrays, method: str) -> Embedding:
+    """Reduces features to two dimensions.
+
+    Args:
+        arrays: Those of a run's file of features: `features` (N, F), `labels` (N,) and `class_names`.
+        method: "PCA" or "UMAP".
+    """
+    features_NF, labels, variance = arrays["features"], arrays.get("labels"), None
+    if method == "UMAP":
+        xy = _umap(features_NF)
+    else:
+        xy, share = principal_components(features_NF)
+        variance = 100 * share
+    return Embedding(
+        method=method,
+        x=round_to_digits(xy[:, 0]),
+        y=round_to_digits(xy[:, 1]),
+        labels=[] if labels is None else labels.tolist(),
+        class_names=_class_names(labels, arrays.get("class_names")),
+        variance=variance,
+        same_class=None if labels is None else class_agreement(features_NF, labels),
+    )
+
+
+def class_agreement(features_NF: np.ndarray, labels_N: np.ndarray) -> float:
+    """Returns the share of each image's 10 nearest neighbors, by cosine, that have its class, in percent."""
+    k = min(NEIGHBORS, len(features_NF) - 1)
+    _, index_NK = nearest_neighbors(torch.from_numpy(features_NF.astype(np.float32)), k)
+    return 100 * float((labels_N[index_NK.numpy()] == labels_N[:, None]).mean())
 
 
 def check_umap() -> None:
     """Refuses UMAP where it is not installed, before anything is drawn."""
-    try:
-        import umap  # noqa: F401
-    except ImportError as error:
-        raise InputError(_NEEDS_UMAP) from error
+    if not has_umap():
+        raise InputError(_NEEDS_UMAP)
+
+
+def has_umap() -> bool:
+    """Says whether UMAP is installed."""
+    return importlib.util.find_spec("umap") is not None
 
 
 def principal_components(features_NF: np.ndarray) -> tuple[np.ndarray, float]:
@@ -105,45 +137,61 @@ def _umap(features_NF: np.ndarray) -> np.ndarray:
         return UMAP(n_neighbors=neighbors, random_state=0).fit_transform(features_NF.astype(np.float32))
 
 
-def _scatter(
-    runs: Sequence[RunRecord], points: Sequence[np.ndarray], folder: Path, file: str, method: str, note: str
-) -> Drawn:
-    names = _class_names(runs)
+def plot_points(found: Mapping[str, Embedding], folder: Path) -> Drawn:
+    """Draws features in two dimensions, a panel for each name of a run or arm; all are by one method."""
+    method, *_ = {embedding.method for embedding in found.values()}
+    names = _shared_names(list(found.values()))
     labels = [shorten(name, 20) for name in names]
-    top = 0.4 + legend_height(labels, 3.2 * min(len(runs), 3))
-    figure, all_axes = panels(len(runs), width=2.95, height=2.95, left=0.15, gap=(0.25, 0.5), top=top, bottom=0.15)
-    for axes, run, xy in zip(all_axes, runs, points, strict=True):
-        _scatter_classes(axes, xy, run.features.get("labels"))
+    top = 0.4 + legend_height(labels, 3.2 * min(len(found), 3))
+    figure, all_axes = panels(len(found), width=2.95, height=2.95, left=0.15, gap=(0.25, 0.5), top=top, bottom=0.15)
+    for axes, (name, embedding) in zip(all_axes, found.items(), strict=True):
+        _scatter_classes(axes, np.column_stack([embedding.x, embedding.y]), np.array(embedding.labels))
         axes.set(xticks=[], yticks=[])
-        axes.set_title(shorten(run.name))
+        axes.set_title(shorten(name))
         for spine in axes.spines.values():
             spine.set(visible=True, color=FAINT)
-    handles = [_dot(i) for i in range(len(names))]
-    add_legend(figure, handles, labels)
-    colors = "" if "labels" not in runs[0].features else " Colors and shapes are classes."
+    add_legend(figure, [_dot(i) for i in range(len(names))], labels)
+    colors = " Colors and shapes are classes." if any(embedding.labels for embedding in found.values()) else ""
     many = " There are more classes than can be told apart; colors repeat." if colors and not names else ""
-    count = ", ".join(f"{run.name}: {len(xy)} images" for run, xy in zip(runs, points, strict=True))
-    title = f"Features in two dimensions ({method})"
-    alt = f"Scatter plot of features by {method}, one panel per run ({count}).{colors}{note}"
+    note = f"{_measures(found)}{' Distances between groups mean little.' if method == 'UMAP' else ''}"
+    count = ", ".join(f"{name}: {len(embedding.x)} images" for name, embedding in found.items())
+    alt = f"Scatter plot of features by {method}, one panel each ({count}).{colors}{note}"
     caption = f"Features of the run's sample of test images (training images without a test set).{colors}{many}{note}"
-    return save(figure, folder, file, title=title, alt=alt, caption=caption)
+    title = f"Features in two dimensions ({method})"
+    return save(figure, folder, f"embedding-{method.lower()}", title=title, alt=alt, caption=caption)
 
 
-def _class_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Names the classes that all runs share, if they are few enough for a legend."""
-    lists = []
-    for run in runs:
-        labels, given = run.features.get("labels"), run.features.get("class_names")
-        count = 0 if labels is None else min(int(labels.max()), MOST_CLASSES) + 1  # the last: too many
-        if given is not None and given.ndim == 1 and len(given) >= count:
-            lists.append([printable(name) for name in given[:count]])
-        else:
-            lists.append([f"class {i}" for i in range(count)])
-    return lists[0] if lists and all(names == lists[0] for names in lists) and len(lists[0]) <= MOST_CLASSES else []
+def _measures(found: Mapping[str, Embedding]) -> str:
+    """Says what the two dimensions hold, and how many neighbors in all dimensions have the class of their image."""
+    held = [f"{name}: {e.variance:.0f} % of the variance" for name, e in found.items() if e.variance is not None]
+    alike = [f"{name}: {e.same_class:.1f} %" for name, e in found.items() if e.same_class is not None]
+    sentences = [f" {'; '.join(held)}."] if held else []
+    if alike:
+        sentences.append(
+            f" Of an image's {NEIGHBORS} nearest neighbors in all dimensions, so many have its class: "
+            f"{'; '.join(alike)}."
+        )
+    return "".join(sentences)
 
 
-def _scatter_classes(axes: Axes, xy: np.ndarray, labels: np.ndarray | None) -> None:
-    if labels is None:
+def _class_names(labels: np.ndarray | None, given: np.ndarray | None) -> list[str]:
+    """Names the classes, if they are few enough for a legend."""
+    count = 0 if labels is None else int(labels.max()) + 1
+    if count > MOST_CLASSES:
+        return []
+    if given is not None and given.ndim == 1 and len(given) >= count:
+        return [printable(name) for name in given[:count]]
+    return [f"class {i}" for i in range(count)]
+
+
+def _shared_names(embeddings: Sequence[Embedding]) -> list[str]:
+    """Returns the names of classes that all share."""
+    first = embeddings[0].class_names
+    return first if all(embedding.class_names == first for embedding in embeddings) else []
+
+
+def _scatter_classes(axes: Axes, xy: np.ndarray, labels: np.ndarray) -> None:
+    if not len(labels):
         axes.scatter(xy[:, 0], xy[:, 1], s=6, color=color(0), alpha=0.6, linewidths=0, rasterized=True)
         return
     for i in range(MOST_CLASSES):

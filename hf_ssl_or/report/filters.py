@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hf_ssl_or.report.spectrum_plots import short_name
 from hf_ssl_or.report.style import MARKERS, Drawn, add_legend, color, legend_height, panels, save, shorten
 from hf_ssl_or.runs.labels import printable
 from hf_ssl_or.runs.reader import RunRecord
+from hf_ssl_or.runs.representations import FilterCorrelations
 
 MOST_FILTERS = 256
 _ROW = 0.17  # inches of a layer
@@ -90,25 +91,67 @@ def _dots(axes: Axes, layers: Sequence[str], shown: Sequence[tuple[int, RunRecor
 
 
 def plot_filters(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
-    """Draws the absolute correlations among the filters of each run's deepest drawn weight, similar ones together."""
-    found = [(run, name, weight) for run in runs for name, weight in [_deepest_weight(run)] if weight is not None]
+    """Draws the correlations among the filters of each run's deepest drawn weight; None where no run has any."""
+    return plot_correlations({run.name: found for run in runs if (found := correlate_filters(run))}, folder)
+
+
+def correlate_filters(run: RunRecord, blocks: int | None = None) -> FilterCorrelations | None:
+    """Correlates the filters of a run's deepest drawn weight, at most `MOST_FILTERS` of them, evenly spaced.
+
+    Args:
+        run: The run; None is returned where it has no spectra or no encoder yet.
+        blocks: Rows of the image at most, each the mean of filters that stand together; None keeps every filter.
+    """
+    name, weight_OI = _deepest_weight(run)
+    if weight_OI is None:
+        return None
+    picked = np.unique(np.linspace(0, len(weight_OI) - 1, MOST_FILTERS).astype(int))
+    correlation = filter_correlations(weight_OI[picked])
+    different = ~np.eye(len(correlation), dtype=bool)
+    shown = correlation if blocks is None else block_means(correlation, blocks).round(2)
+    return FilterCorrelations(
+        layer=name,
+        filters=len(weight_OI),
+        drawn=len(correlation),
+        mean=float(correlation[different].mean()) if len(correlation) > 1 else 0.0,
+        image=shown.tolist(),
+    )
+
+
+def block_means(correlation_OO: np.ndarray, blocks: int) -> np.ndarray:
+    """Returns means of a symmetric matrix over at most `blocks` x `blocks` blocks, of pairs of different filters.
+
+    The correlation of a filter with itself, which is 1, counts only where a block holds nothing else.
+    """
+    edges = np.unique(np.linspace(0, len(correlation_OO), blocks + 1).astype(int))[:-1]
+
+    def sums(matrix_OO: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(np.add.reduceat(matrix_OO, edges, 0), edges, 1)
+
+    different_OO = 1 - np.eye(len(correlation_OO))
+    pairs = sums(different_OO)
+    return np.where(pairs > 0, sums(correlation_OO * different_OO) / np.maximum(pairs, 1), 1.0)
+
+
+def plot_correlations(found: Mapping[str, FilterCorrelations], folder: Path) -> Drawn | None:
+    """Draws correlations among filters, a panel for each name of a run or arm; None for none."""
     if not found:
         return None
     figure, all_axes = panels(len(found), width=2.75, height=2.75, gap=(0.5, 0.75), top=0.4, right=0.95)
     parts = []
-    for axes, (run, name, weight_OI) in zip(all_axes, found, strict=True):
-        picked = np.unique(np.linspace(0, len(weight_OI) - 1, MOST_FILTERS).astype(int))
-        correlation = filter_correlations(weight_OI[picked])
-        mean = float(correlation[~np.eye(len(correlation), dtype=bool)].mean())
-        image = axes.imshow(correlation, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    for axes, (name, filters) in zip(all_axes, found.items(), strict=True):
+        extent = (-0.5, filters.drawn - 0.5, filters.drawn - 0.5, -0.5)
+        image = axes.imshow(filters.image, vmin=0, vmax=1, cmap="viridis", interpolation="nearest", extent=extent)
         axes.grid(visible=False)
-        axes.set_title(shorten(run.name))
-        axes.set_xlabel(f"{short_name(f'weight/{name}')}, mean {mean:.3f}")
-        parts.append(f"{run.name}, {name}: mean {mean:.3f}, {len(correlation)} of {len(weight_OI)} filters")
+        axes.set_title(shorten(name))
+        axes.set_xlabel(f"{short_name(f'weight/{filters.layer}')}, mean {filters.mean:.3f}")
+        parts.append(f"{name}, {filters.layer}: mean {filters.mean:.3f}, {filters.drawn} of {filters.filters} filters")
     _color_bar(figure, image)
+    blocks = [f"{len(filters.image)} blocks" for filters in found.values() if len(filters.image) < filters.drawn]
+    means = f" Each point is the mean over a block, of {blocks[0]} a side." if blocks else ""
     caption = (
         "Absolute correlations among filters, ordered so that similar ones lie together: bright blocks are filters "
-        f"that repeat one another. At most {MOST_FILTERS} filters are drawn, evenly spaced. "
+        f"that repeat one another. At most {MOST_FILTERS} filters are drawn, evenly spaced.{means} "
         "After figure 5 of He, Du and Ma (NeurIPS 2024)."
     )
     alt = f"Heat maps of the correlations among the filters of the deepest layer. {'; '.join(parts)}."

@@ -7,7 +7,7 @@ where some are not positive, with their number in the legend.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from hf_ssl_or.report.style import (
     set_ticks,
     shorten,
 )
-from hf_ssl_or.runs.reader import Arrays, RunRecord
+from hf_ssl_or.runs.reader import RunRecord
+from hf_ssl_or.runs.representations import Spectrum
 
 _NO_STAGE = {"input": (color(6), "v"), "hidden/stem": (color(5), "P"), "representation": (INK, "*")}
 FLOOR = 1e-8  # of the y axis at the lowest: what lies under it is rounding
 _STAGE = re.compile(r"(layer\d+|stages\.\d+|blocks\.\d+)(?:\..*?)?(attn\.proj|mlp\.fc2)?(?:\.weight)?$")
+
+Spectra = Mapping[str, Spectrum]  # by key: "input", "hidden/<stage>", "representation", "weight/<parameter>"
 _CAPTION = (
     "Eigenvalues of the covariance, from the largest, each over the largest, on logarithmic axes: the faster the "
     "fall, the fewer dimensions are used. A dashed line has eigenvalues that are not positive, counted in the legend"
@@ -53,49 +56,65 @@ def plot_spectra_of_runs(runs: Sequence[RunRecord], folder: Path) -> Drawn | Non
         _finish(column)  # one scale for all runs
     steps = "; ".join(f"{run.name}: {' and '.join(f'step {step}' for step, _ in run.spectra)}" for run in runs)
     caption = f"{_CAPTION}. Thin lines: the first evaluation; thick lines: the last ({steps})."
-    alt = f"Spectra of weights (left) and features (right) of {len(runs)} runs. {_alt(runs)}"
+    alt = f"Spectra of weights (left) and features (right) of {len(runs)} runs. {_alt(_latest(runs))}"
     return save(figure, folder, "spectra", title="Eigenvalue spectra, by run", alt=alt, caption=caption)
 
 
 def plot_spectra_compared(runs: Sequence[RunRecord], folder: Path) -> Drawn | None:
     """Draws, per layer, the last spectra of all runs in one panel; None for fewer than two runs."""
-    names = [run.name for run in runs]
-    last = {run.name: run.spectra[-1][1] for run in runs if run.spectra}
-    if len(last) < 2:
+    if sum(bool(run.spectra) for run in runs) < 2:
         return None
-    keys = _ordered({key for spectra in last.values() for key in spectra})
-    labels = [shorten(name) for name in last]
+    return plot_last_spectra(_latest(runs), folder, caption="All at each run's last evaluation.")
+
+
+def plot_last_spectra(latest: Mapping[str, Spectra], folder: Path, *, caption: str) -> Drawn:
+    """Draws spectra, a panel per layer with a curve for each name.
+
+    Args:
+        latest: Spectra by name of the run or arm; one that has none keeps its color.
+        folder: Where the files go.
+        caption: Says what the spectra are of.
+    """
+    styles = {name: (color(i), MARKERS[i % len(MARKERS)]) for i, name in enumerate(latest) if latest[name]}
+    keys = _ordered({key for name in styles for key in latest[name]})
+    labels = [shorten(name) for name in styles]
     top = 0.4 + legend_height(labels, 10.0)
     figure, all_axes = panels(len(keys), height=2.2, top=top)
-    styles = {name: (color(names.index(name)), MARKERS[names.index(name)]) for name in last}
     for axes, key in zip(all_axes, keys, strict=True):
         counted = []
-        for name, spectra in last.items():
-            if key in spectra:
-                line = _plot(axes, spectra[key], *styles[name])
-                if count := _count(spectra[key]):
+        for name, own in styles.items():
+            if (spectrum := latest[name].get(key)) is not None:
+                line = _plot(axes, spectrum, *own)
+                if count := _count(spectrum):
                     counted.append((line, count))
         _finish([axes])
         axes.set_title(shorten(_title(key), 44))
         if counted:
             axes.legend(*zip(*counted, strict=True), loc="lower left", fontsize=7.5, labelspacing=0.25)
     add_legend(figure, [Line2D([], [], color=c, marker=m) for c, m in styles.values()], labels)
-    alt = f"Spectra of {len(last)} runs in one panel for each of: {', '.join(map(_title, keys))}. {_alt(runs)}"
-    caption = f"{_CAPTION} of a panel. All at each run's last evaluation."
-    return save(
-        figure, folder, "spectra-compared", title="Eigenvalue spectra, runs compared", alt=alt, caption=caption
-    )
+    alt = f"Spectra of {', '.join(styles)} in one panel for each of: {', '.join(map(_title, keys))}. {_alt(latest)}"
+    caption = f"{_CAPTION} of a panel. {caption}"
+    return save(figure, folder, "spectra-compared", title="Eigenvalue spectra compared", alt=alt, caption=caption)
+
+
+def _latest(runs: Sequence[RunRecord]) -> dict[str, dict[str, Spectrum]]:
+    """Returns the last spectra of each run; none for a run without."""
+    return {run.name: _as_drawn(run.spectra[-1][1]) if run.spectra else {} for run in runs}
+
+
+def _as_drawn(spectra: Mapping[str, np.ndarray]) -> dict[str, Spectrum]:
+    return {key: Spectrum.of(eigenvalues) for key, eigenvalues in spectra.items()}
 
 
 def _draw_run(axes: Axes, run: RunRecord, what: str) -> None:
-    latest = run.spectra[-1][1]
+    latest = _as_drawn(run.spectra[-1][1])
     keys = [key for key in _ordered(latest) if key.startswith("weight/") == (what == "weights")]
     entries = []
     for key in keys:
         own, marker = _stage_style(key, keys)
         for _, spectra in run.spectra[:-1]:
             if key in spectra:
-                _plot(axes, spectra[key], own, "", linewidth=0.8, alpha=0.65)
+                _plot(axes, Spectrum.of(spectra[key]), own, "", linewidth=0.8, alpha=0.65)
         label = "\n".join(filter(None, (shorten(short_name(key), 20), _count(latest[key]))))
         entries.append((_plot(axes, latest[key], own, marker), label))
     if entries:
@@ -112,18 +131,15 @@ def _stage_style(key: str, keys: Sequence[str]) -> tuple[str, str]:
     return color(i if i < 5 else i + 2), MARKERS[i % len(MARKERS)]
 
 
-def _plot(axes: Axes, spectrum: np.ndarray, own: str, marker: str, **style: Any) -> Line2D:
-    positive = spectrum[spectrum > 0]
-    index = np.arange(1, len(positive) + 1)
-    marked = np.unique(np.geomspace(1, max(len(positive), 1), 7).astype(int)) - 1
-    all_positive = len(positive) == len(spectrum)
+def _plot(axes: Axes, spectrum: Spectrum, own: str, marker: str, **style: Any) -> Line2D:
+    marked = np.unique(np.geomspace(1, max(spectrum.positive, 1), 7).astype(int))
     (line,) = axes.plot(
-        index,
-        positive,
+        spectrum.index,
+        spectrum.values,
         color=own,
         marker=marker,
-        markevery=marked.tolist(),
-        linestyle="-" if all_positive else (0, (4, 1.6)),
+        markevery=np.unique(np.searchsorted(spectrum.index, marked)).tolist(),
+        linestyle="-" if spectrum.positive == spectrum.size else (0, (4, 1.6)),
         **style,
     )
     return line
@@ -132,19 +148,19 @@ def _plot(axes: Axes, spectrum: np.ndarray, own: str, marker: str, **style: Any)
 def _finish(panels_of_one_scale: Sequence[Axes]) -> None:
     lines = [np.asarray(line.get_xydata()) for axes in panels_of_one_scale for line in axes.get_lines()]
     lowest = min((float(line[:, 1].min()) for line in lines if len(line)), default=1e-3)
-    longest = max((len(line) for line in lines), default=10)
+    longest = max((float(line[:, 0].max()) for line in lines if len(line)), default=10)
     for axes in panels_of_one_scale:
         axes.set(xscale="log", yscale="log", xlim=(0.85, max(1.25 * longest, 10)), ylim=(max(lowest / 2, FLOOR), 2))
         set_ticks(axes, log="xy")
 
 
-def _count(spectrum: np.ndarray) -> str:
+def _count(spectrum: Spectrum) -> str:
     """Counts the eigenvalues that are not positive, as the legend shows them."""
-    missing = int((spectrum <= 0).sum())
-    return f"{missing} of {len(spectrum)} \N{LESS-THAN OR EQUAL TO} 0" if missing else ""
+    missing = spectrum.size - spectrum.positive
+    return f"{missing} of {spectrum.size} \N{LESS-THAN OR EQUAL TO} 0" if missing else ""
 
 
-def _ordered(keys: Sequence[str] | set[str] | Arrays) -> list[str]:
+def _ordered(keys: Iterable[str]) -> list[str]:
     """Orders keys as data flows: input, hidden stages, representation; then weights."""
     flow = {"input": 0, "hidden": 1, "representation": 2, "weight": 3}
 
@@ -166,12 +182,11 @@ def _title(key: str) -> str:
     return {"hidden": f"Features of {name}", "weight": f"Weight of {short_name(key)}"}.get(kind, kind.capitalize())
 
 
-def _alt(runs: Sequence[RunRecord]) -> str:
+def _alt(latest: Mapping[str, Spectra]) -> str:
     """Says in words how many eigenvalues of every last spectrum are above a hundredth of the largest."""
     parts = []
-    for run in runs:
-        if run.spectra:
-            latest = run.spectra[-1][1]
-            counts = [f"{_title(k)} {int((latest[k] > 0.01).sum())} of {len(latest[k])}" for k in _ordered(latest)]
-            parts.append(f"{run.name}: {', '.join(counts)}")
+    for name, spectra in latest.items():
+        if spectra:
+            counts = [f"{_title(key)} {spectra[key].large} of {spectra[key].size}" for key in _ordered(spectra)]
+            parts.append(f"{name}: {', '.join(counts)}")
     return f"Eigenvalues above 1 % of the largest: {'; '.join(parts)}."

@@ -57,6 +57,7 @@ def render_sweep(results: SweepResults, drawn: list[Drawn], *, base: Path) -> st
         title=f"Sweep {printable(results.name)}",
         values=sweep_tables.values_table(results),
         differences=sweep_tables.differences_table(results),
+        times=sweep_tables.time_table(results),
         changes=sweep_tables.changes_table(results),
         environments=sweep_tables.environments_table(results),
         drawn=[on_page(figure, base) for figure in drawn],

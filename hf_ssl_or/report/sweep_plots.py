@@ -1,9 +1,10 @@
-"""Figures of a sweep: bars of its arms, curves over an axis of the grid, minutes against error."""
+"""Figures of a sweep: bars of its arms, curves over an axis of the grid and over minutes, minutes against error."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,20 @@ from hf_ssl_or.report.style import (
     is_wide,
     legend_height,
     panels,
+    plot_curve,
     run_style,
     save,
     set_ticks,
     shorten,
 )
-from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.report.sweep_representations import plot_representations
+from hf_ssl_or.report.sweep_tables import threshold_name
+from hf_ssl_or.runs.labels import metric_label, printable
 from hf_ssl_or.runs.results import Metric
+from hf_ssl_or.runs.statistics import summarize
 from hf_ssl_or.runs.sweep_results import ArmValues, SweepResults, column_label
+from hf_ssl_or.runs.time_to import MINUTES
 
-MINUTES = "minutes"
 _SPREAD = "Bars span one standard deviation over seeds to either side."
 
 
@@ -44,7 +49,8 @@ def plot_sweep(results: SweepResults, folder: Path) -> list[Drawn]:
     figures = [plot_bars(results, columns, folder)]
     figures += [plot_axis(results, columns, axis, folder, f"axis-{i}") for i, axis in enumerate(axes, 1)]
     figures.append(plot_pareto(results, [name for name in columns if column_label(name).unit == "%"], folder))
-    return [figure for figure in figures if figure is not None]
+    figures.append(plot_time(results, folder))
+    return [*(figure for figure in figures if figure is not None), *plot_representations(results, folder)]
 
 
 def drawn_columns(results: SweepResults) -> list[str]:
@@ -149,6 +155,46 @@ def plot_pareto(results: SweepResults, columns: Sequence[str], folder: Path) -> 
     return save(figure, folder, "pareto", title=title, alt=_alt(title, told), caption=caption)
 
 
+def plot_time(results: SweepResults, folder: Path) -> Drawn | None:
+    """Draws what arms are timed to over the minutes of training: a curve with a band per arm, the threshold dotted."""
+    if results.time_to is None:
+        return None
+    label, threshold = metric_label(results.time_to.metric), results.threshold
+    curves = {arm.name: curve for arm in results.arms if (curve := mean_curve(arm, results.time_to.metric))}
+    if not curves:
+        return None
+    labels, told = [shorten(printable(name)) for name in curves], []
+    styles = [i for i, arm in enumerate(results.arms) if arm.name in curves]
+    figure, (axes,) = panels(1, width=6.4, height=3.2, top=0.35 + legend_height(labels, 6.4))
+    for i, (name, curve) in zip(styles, curves.items(), strict=True):
+        minutes, means = [x for x, _ in curve], [metric.mean for _, metric in curve]
+        plot_curve(axes, minutes, means, i)
+        low, high = ([metric.mean + sign * (metric.std or 0) for _, metric in curve] for sign in (-1, 1))
+        axes.fill_between(minutes, low, high, color=color(i), alpha=0.2, linewidth=0)
+        ends = [f"{mean:.4g} at {x:.3g} minutes" for x, mean in ((minutes[0], means[0]), (minutes[-1], means[-1]))]
+        told.append(f"{name} goes from {' to '.join(ends)}")
+    if threshold is not None:
+        axes.axhline(threshold, color=INK, linewidth=0.9, linestyle=":")
+    axes.set_title(shorten(label.title, 60))
+    axes.set_xlabel("minutes of training")
+    log = is_wide([x for curve in curves.values() for x, _ in curve])
+    axes.set_xscale("log" if log else "linear")
+    axes.margins(x=0.03)
+    set_ticks(axes, log="x" if log else "")
+    add_legend(figure, [Line2D([], [], **run_style(i)) for i in styles], labels)
+    title = f"{label.name} over minutes"
+    dotted = f"Dotted: {threshold_name(results)}."
+    alt = printable(f"{title}. {'; '.join(told)}. {dotted}")
+    caption = f"Means over seeds, look by look, in a band of one standard deviation to either side. {dotted}"
+    return save(figure, folder, "time", title=title, alt=alt, caption=caption)
+
+
+def mean_curve(arm: ArmValues, metric: str) -> list[tuple[float, Metric]]:
+    """Returns (mean minutes, mean and standard deviation over seeds) look by look, as far as all seeds have looked."""
+    looks = zip(*arm.points(metric).values(), strict=False)
+    return [(statistics.fmean(x for x, _ in look), summarize([y for _, y in look])) for look in looks]
+
+
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns the points that no other is below and left of, from left to right."""
     best: list[tuple[float, float]] = []
@@ -165,7 +211,7 @@ def _lines(results: SweepResults, axis: str) -> dict[str, list[ArmValues]]:
         if axis in arm.cell:
             keys = [key for key in arm.cell if key != axis]
             own = [change for change in arm.changes if change.partition("=")[0] not in arm.cell]
-            key = json.dumps([own, [arm.cell[name] for name in keys]])
+            key = json.dumps([arm.recipe, own, [arm.cell[name] for name in keys]])
             groups.setdefault(key, []).append(arm)
     own_parts = (axis, axis.rpartition(".")[2])
     named = {}

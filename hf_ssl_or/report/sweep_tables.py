@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hf_ssl_or.report.tables import NONE, Cell, Table, flatten
-from hf_ssl_or.runs.labels import printable
+from hf_ssl_or.runs.labels import metric_label, printable
+from hf_ssl_or.runs.statistics import Difference, summarize
 from hf_ssl_or.runs.sweep_results import ArmValues, SweepResults, column_label
 
 _LONGEST_REASON = 160
@@ -32,19 +34,58 @@ def values_table(results: SweepResults) -> Table:
 
 
 def differences_table(results: SweepResults) -> Table | None:
-    """One row per arm but the first: its paired difference to the first in every column; None for one arm."""
-    if len(results.arms) < 2 or not results.columns:
+    """One row per arm that is compared with another: its paired differences; None where none is."""
+    compared = [arm for arm in results.arms if arm.compared_to is not None]
+    if not compared or not results.columns:
         return None
+    names = list(dict.fromkeys(printable(arm.compared_to or "") for arm in compared))
+    several = len(names) > 1
     rows = []
-    for arm in results.arms[1:]:
+    for arm in compared:
         found = [results.difference(arm, column) for column in results.columns]
         cells = [Cell(NONE) if one is None else Cell(one.describe(), one.mean) for one in found]
-        rows.append([Cell(printable(arm.name)), *cells])
+        to = [Cell(printable(arm.compared_to or ""))] if several else []
+        rows.append([Cell(printable(arm.name)), *to, *cells])
     caption = (
-        f"Differences to {printable(results.arms[0].name)}, paired over seeds, with the 95 % t interval; where it "
+        f"Differences{'' if several else f' to {names[0]}'}, paired over seeds, with the 95 % t interval; where it "
         "reaches further than half the difference, how many seeds it would take for that"
     )
-    return Table(caption=caption, head=["arm", *(column_label(name).title for name in results.columns)], rows=rows)
+    heads = ["arm", *(["compared with"] if several else []), *(column_label(name).title for name in results.columns)]
+    return Table(caption=caption, head=heads, rows=rows)
+
+
+def time_table(results: SweepResults) -> Table | None:
+    """One row per arm: minutes of training to the threshold, and how many times sooner than the arm timed against."""
+    if results.time_to is None:
+        return None
+    against, threshold = results.timed_against, results.threshold
+    rows = []
+    for arm in results.arms:
+        seeds, minutes = len(arm.points(results.time_to.metric)), results.minutes_to(arm)
+        cell = Cell(NONE)
+        if seeds and threshold is not None:
+            metric = summarize(list(minutes.values())) if minutes else None
+            text = "not reached" if metric is None else metric.describe()
+            cell = Cell(text + _share(len(minutes), seeds), None if metric is None else metric.mean)
+        rows.append([Cell(printable(arm.name)), cell, _sooner(results.times_sooner(arm), seeds)])
+    caption = (
+        "Minutes of training, looks left out, until an arm is there: linear between two looks, the first look's where "
+        "that is there already. How many times sooner is paired over seeds: the geometric mean, with the 95 % t "
+        "interval of the logarithms"
+    )
+    heads = ["arm", f"minutes to {threshold_name(results)}", f"times sooner than {printable(against.name)}"]
+    return Table(caption=caption, head=heads, rows=rows)
+
+
+def threshold_name(results: SweepResults) -> str:
+    """Returns what arms are timed to in words, "kNN top-1 of 41.50 % (the last of lightly)"."""
+    assert results.time_to is not None
+    label, arm, threshold = metric_label(results.time_to.metric), results.time_to.arm, results.threshold
+    last = "" if arm is None else f"the last of {printable(arm)}"
+    if threshold is None:
+        return f"{label.name}, {last}"
+    value = f"{threshold:.2f}{f' {label.unit}' if label.unit else ''}"
+    return f"{label.name} of {value}" + (f" ({last})" if last else "")
 
 
 def changes_table(results: SweepResults) -> Table:
@@ -68,8 +109,8 @@ def environments_table(results: SweepResults) -> Table | None:
 
 
 def markdown(results: SweepResults) -> str:
-    """Returns the tables of values and differences as Markdown."""
-    tables = [values_table(results), differences_table(results)]
+    """Returns the tables of values, differences and times as Markdown."""
+    tables = [values_table(results), differences_table(results), time_table(results)]
     return "\n".join(_markdown(table) for table in tables if table is not None)
 
 
@@ -85,5 +126,22 @@ def _value(arm: ArmValues, column: str) -> Cell:
     return Cell(NONE) if metric is None else Cell(metric.describe(), metric.mean)
 
 
+def _sooner(logs: Difference | None, seeds: int) -> Cell:
+    if logs is None:
+        return Cell(NONE)
+    ratio, half = math.exp(logs.mean), logs.half_width
+    if half is None:
+        return Cell(f"{ratio:.2f} (1 seed: no interval)", ratio)
+    low, high = math.exp(logs.mean - half), math.exp(logs.mean + half)
+    return Cell(f"{ratio:.2f} [{low:.2f}, {high:.2f}]{_share(logs.seeds, seeds)}", ratio)
+
+
+def _share(reached: int, seeds: int) -> str:
+    return "" if reached == seeds else f" ({reached} of {seeds} seeds)"
+
+
 def _what(arm: ArmValues) -> str:
-    return " ".join(arm.command) if arm.command is not None else ", ".join(arm.changes) or "the base recipe"
+    if arm.command is not None:
+        return " ".join(arm.command)
+    base = "the base recipe" if arm.recipe is None else f"recipe {arm.recipe}"
+    return ", ".join([*([] if arm.recipe is None else [base]), *arm.changes]) or base

@@ -75,6 +75,8 @@ _LABELS = {
     "penalty": MetricLabel("Orthogonality penalty", "with its weight"),
     "grad_norm": MetricLabel("Gradient norm", "before clipping"),
     "lr": MetricLabel("Learning rate", "of the optimizer"),
+    "weight_decay": MetricLabel("Weight decay", "of the optimizer, where it changes"),
+    "view_size": MetricLabel("View size", "side of the global views in pixels, where it changes"),
     "minutes": MetricLabel("Minutes", "of training steps, without evaluations", "lower"),
     "images_per_second": MetricLabel("Images per second", "each in all its views"),
     "views_per_second": MetricLabel("Views per second", "images times views"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 import zipfile
 from collections.abc import Callable, Sequence
@@ -140,11 +141,25 @@ class RunRecord:
     @property
     def step_seconds(self) -> float | None:
         """Seconds spent in steps, of all sessions, as the log's rates give them; None without a log."""
-        batch, done, seconds = self.recipe["training"]["batch_size"], 0.0, 0.0
+        return self._clock[1][-1] or None
+
+    @cached_property
+    def _clock(self) -> tuple[list[float], list[float]]:
+        """Steps that were finished at each log line, from 0 on, and the seconds spent in them."""
+        batch, steps, seconds = self.recipe["training"]["batch_size"], [0.0], [0.0]
         for line in self.train:
-            seconds += (line["step"] - done) * batch / line["images_per_second"]
-            done = line["step"]
-        return seconds or None
+            seconds.append(seconds[-1] + (line["step"] - steps[-1]) * batch / line["images_per_second"])
+            steps.append(line["step"])
+        return steps, seconds
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """What the monitor has measured, look by look, with the `minutes` spent in steps until then."""
+        return [
+            {"minutes": float(np.interp(line["step"], *self._clock)) / 60}
+            | {name: value for name, value in line.items() if math.isfinite(value)}
+            for line in (self.monitor if self.train else [])
+        ]
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """Returns one setting of the recipe, say `setting("training.epochs")`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -17,6 +18,7 @@ from hf_ssl_or.runs.labels import printable
 
 SCHEMA_VERSION = 1
 OWN_LIBRARY = "hf_ssl_or"
+_ROW = re.compile(r"\[\n[-\d.,eE+\s]*\]")  # a list of numbers; within a text of JSON there is no end of a line
 _COLLAPSE_KEYS = ("samples", "dimension", "notes", "alpha_req_range")
 
 
@@ -49,7 +51,7 @@ class Record:
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+                file.write(_ROW.sub(_on_one_line, json.dumps(self.to_dict(), indent=2)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -420,6 +422,10 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return printable(json.dumps(value))
     return "text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f"[{' '.join(found[0][1:-1].split())}]"
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ssl_or.runs.labels import MetricLabel, metric_label, printable
+from hf_ssl_or.runs.representations import Representations
 from hf_ssl_or.runs.results import SCHEMA_VERSION, Environment, Metric, Record
 from hf_ssl_or.runs.statistics import Difference, paired_difference, summarize
+from hf_ssl_or.runs.time_to import Look, TimeTo, first_minutes, points
 
 MARK = "sweep.json"  # the file that makes a folder a sweep's
 TABLE = "table.md"
@@ -20,16 +24,20 @@ class RunValues(Record):
     Attributes:
         seed: Its seed.
         metrics: Values by column; none for a run that has failed or has not been run.
+        curve: What the monitor has measured, look by look, each with the `minutes` of training until then.
         failure: Why it has failed.
         environment: Software and kind of device; None for a command, and where there are no metrics.
         weights_sha256: Hash of the weights that were evaluated.
+        representations: What figures show of it, where the sweep asks for that.
     """
 
     seed: int
     metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[Look] = field(default_factory=list)
     failure: str | None = None
     environment: Environment | None = None
     weights_sha256: str | None = None
+    representations: Representations | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +46,20 @@ class ArmValues(Record):
 
     Attributes:
         name: Its name.
+        recipe: Name of its base recipe, where there are several.
         changes: Settings that make it differ from the base recipe, as overrides.
         cell: Values of the grid's axes.
         command: What was run in place of a recipe.
+        compared_to: Name of the arm that its differences are to; None for what others are compared with.
         runs: One per seed.
     """
 
     name: str
+    recipe: str | None = None
     changes: list[str] = field(default_factory=list)
     cell: dict[str, Any] = field(default_factory=dict)
     command: list[str] | None = None
+    compared_to: str | None = None
     runs: list[RunValues]
 
     def values(self, column: str) -> dict[int, float]:
@@ -58,6 +70,11 @@ class ArmValues(Record):
         """Returns mean and standard deviation of a column over seeds; None without a value."""
         values = list(self.values(column).values())
         return summarize(values) if values else None
+
+    def points(self, metric: str) -> dict[int, list[tuple[float, float]]]:
+        """Returns (minutes, value) of every look by seed, of the seeds that have any."""
+        found = {run.seed: points(run.curve, metric) for run in self.runs}
+        return {seed: looks for seed, looks in found.items() if looks}
 
     @property
     def failure(self) -> str | None:
@@ -73,11 +90,12 @@ class SweepResults(Record):
     Attributes:
         schema_version: Version of this form.
         name: Its name.
-        arms: In the order of the file; differences are to the first.
+        arms: By recipe, then in the order of the file.
         grid: Values of each axis by dotted setting.
         columns: What tables show: the headline of each protocol, label-free measures, minutes.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes those of `columns` that are accuracies.
+        time_to: What the arms are timed to.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -87,6 +105,7 @@ class SweepResults(Record):
     columns: list[str]
     select: str | None = None
     figures: list[str] | None = None
+    time_to: TimeTo | None = None
 
     @property
     def selected(self) -> str | None:
@@ -103,9 +122,44 @@ class SweepResults(Record):
         return {arm.name: arm.failure for arm in self.arms if arm.failure is not None}
 
     def difference(self, arm: ArmValues, column: str) -> Difference | None:
-        """Returns the paired difference of an arm to the first; None for the first and where no seed has both."""
-        first = self.arms[0]
-        return None if arm is first else paired_difference(arm.values(column), first.values(column))
+        """Returns the paired difference to the arm it is compared with; None without one or a seed that both have."""
+        other = next((one for one in self.arms if one.name == arm.compared_to), None)
+        return None if other is None else paired_difference(arm.values(column), other.values(column))
+
+    @property
+    def threshold(self) -> float | None:
+        """The value that arms are timed to; None without, and while no run of the arm that gives it has looked."""
+        if self.time_to is None or self.time_to.arm is None:
+            return None if self.time_to is None else self.time_to.value
+        arm = next((one for one in self.arms if one.name == self.time_to.arm), None)
+        last = [] if arm is None else [looks[-1][1] for looks in arm.points(self.time_to.metric).values()]
+        return statistics.fmean(last) if last else None
+
+    def minutes_to(self, arm: ArmValues) -> dict[int, float]:
+        """Returns the minutes of training until the threshold by seed, of the seeds that reach it."""
+        if self.time_to is None or (threshold := self.threshold) is None:
+            return {}
+        found = {run.seed: first_minutes(run.curve, self.time_to.metric, threshold) for run in arm.runs}
+        return {seed: minutes for seed, minutes in found.items() if minutes is not None}
+
+    @property
+    def timed_against(self) -> ArmValues:
+        """The arm that others are sooner or later than: the one that gives the threshold, else the first."""
+        named = None if self.time_to is None else self.time_to.arm
+        return next((arm for arm in self.arms if arm.name == named), self.arms[0])
+
+    def times_sooner(self, arm: ArmValues) -> Difference | None:
+        """Returns the logarithm of how many times sooner than `timed_against` an arm is at the threshold, over seeds.
+
+        None for that arm itself, and where no seed of both reaches the threshold.
+        """
+        if arm is self.timed_against:
+            return None
+        logs = [
+            {seed: math.log(minutes) for seed, minutes in self.minutes_to(one).items()}
+            for one in (self.timed_against, arm)
+        ]
+        return paired_difference(*logs)
 
 
 def column_label(column: str) -> MetricLabel:

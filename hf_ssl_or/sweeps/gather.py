@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.transfer import short_names
+from hf_ssl_or.recipe import Recipe, recipe_from_dict
 from hf_ssl_or.runs import layout
 from hf_ssl_or.runs.labels import printable
 from hf_ssl_or.runs.reader import read_run
 from hf_ssl_or.runs.results import Evaluation, read_results
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
-from hf_ssl_or.sweeps.plan import LABEL_FREE, Arm, Plan
+from hf_ssl_or.runs.time_to import MINUTES, Look
+from hf_ssl_or.sweeps.plan import LABEL_FREE, RECIPE, Arm, Plan
 from hf_ssl_or.training.description import identity
 
 TRANSFER = "transfer"  # within a run's folder
@@ -37,11 +38,12 @@ def is_trained(arm: Arm, seed: int, folder: Path) -> bool:
         return False
     if arm.recipe is None:
         try:
-            return bool(_command_metrics(folder))
+            return bool(_command_results(folder))
         except InputError:
             return False  # the command is started again, and what it leaves then counts
-    found = read_results(folder / layout.RESULTS).recipe
-    return _decides(found) == _decides(_as_json(arm.recipe.override([f"training.seed={seed}"]).to_dict()))
+    path = folder / layout.RESULTS
+    found = recipe_from_dict(read_results(path).recipe, f"{path}: recipe")  # newer settings get defaults
+    return _decides(found) == _decides(arm.recipe.override([f"training.seed={seed}"]))
 
 
 def is_transferred(plan: Plan, folder: Path) -> bool:
@@ -51,22 +53,15 @@ def is_transferred(plan: Plan, folder: Path) -> bool:
     except InputError:
         return False
     have = {(entry.dataset, entry.protocol) for entry in evaluations}
-    names = short_names([find_dataset(name) for name in plan.datasets], "data set")
+    names = short_names(plan.datasets, "data set")
     protocols = plan.protocols or tuple(dict.fromkeys(protocol for _, protocol in have))
     return bool(protocols) and have == {(name, protocol) for name in names for protocol in protocols}
 
 
-def _as_json(tree: Any) -> Any:
-    """Returns plain data as it comes back from JSON."""
-    return json.loads(json.dumps(tree))
-
-
-def _decides(recipe: dict[str, Any]) -> Any:
+def _decides(recipe: Recipe) -> Any:
     """Returns the part of a recipe that decides what a run measures."""
-    try:
-        return identity(recipe), recipe["evaluation"], recipe["evaluation_data"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"recipe: lacks {error}; its run is of another version: remove it") from error
+    tree = json.loads(json.dumps(recipe.to_dict()))  # as it comes back from JSON
+    return identity(tree), tree["evaluation"], tree["evaluation_data"]
 
 
 def gather(plan: Plan, root: Path, failures: dict[tuple[str, int], str]) -> SweepResults:
@@ -89,7 +84,18 @@ def gather(plan: Plan, root: Path, failures: dict[tuple[str, int], str]) -> Swee
             runs.append(values)
         changes = list(arm.changes)
         command = None if arm.command is None else list(arm.command)
-        arms.append(ArmValues(name=arm.name, changes=changes, cell=dict(arm.cell), command=command, runs=runs))
+        reference = plan.reference(arm)
+        arms.append(
+            ArmValues(
+                name=arm.name,
+                recipe=arm.axes.get(RECIPE),
+                changes=changes,
+                cell=arm.cell,
+                command=command,
+                compared_to=None if reference is None else reference.name,
+                runs=runs,
+            )
+        )
     if plan.select is not None:
         columns.setdefault(plan.select)
     last = [name for name in _SHOWN if name in columns]
@@ -100,14 +106,15 @@ def gather(plan: Plan, root: Path, failures: dict[tuple[str, int], str]) -> Swee
         columns=[*(name for name in columns if name not in last), *last],
         select=plan.select,
         figures=None if plan.figures is None else list(plan.figures),
+        time_to=plan.time_to,
     )
 
 
 def _values(arm: Arm, seed: int, folder: Path) -> tuple[RunValues, list[str]]:
     """Returns what a run measured, and the columns that a table shows."""
     if arm.recipe is None:
-        metrics = _command_metrics(folder)
-        return RunValues(seed=seed, metrics=metrics), list(metrics)
+        metrics, curve = _command_results(folder)
+        return RunValues(seed=seed, metrics=metrics, curve=curve), list(metrics)
     record = read_run(folder)
     results = record.results
     assert results is not None  # is_trained has read them
@@ -122,7 +129,11 @@ def _values(arm: Arm, seed: int, folder: Path) -> tuple[RunValues, list[str]]:
     if (seconds := record.step_seconds) is not None:
         metrics["minutes"] = seconds / 60
     values = RunValues(
-        seed=seed, metrics=metrics, environment=results.environment, weights_sha256=results.weights_sha256
+        seed=seed,
+        metrics=metrics,
+        curve=record.curve,
+        environment=results.environment,
+        weights_sha256=results.weights_sha256,
     )
     return values, [*headlines, *(name for name in _SHOWN if name in metrics)]
 
@@ -137,20 +148,31 @@ def _transfer(folder: Path) -> list[Evaluation]:
     return [Evaluation.from_dict(entry, f"{path}: evaluations") for entry in entries]
 
 
-def _command_metrics(folder: Path) -> dict[str, float]:
-    """Reads what a command measured.
+def _command_results(folder: Path) -> tuple[dict[str, float], list[Look]]:
+    """Reads what a command measured: its metrics and, where it left one, its curve.
 
     Raises:
-        InputError: It left no JSON, or none with finite numbers under "metrics".
+        InputError: It left no JSON, or none with finite numbers under "metrics", or a curve that is none.
     """
     path = folder / layout.RESULTS
-    metrics = _json(path).get("metrics")
+    tree = _json(path)
+    metrics, curve = tree.get("metrics"), tree.get("curve", [])
     if not isinstance(metrics, dict) or not metrics:
         raise InputError(f'{path}: holds no {{"metrics": {{name: number}}}}')
-    for name, value in metrics.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise InputError(f"{path}: metrics.{printable(name)}: is no finite number")
-    return {printable(name): float(value) for name, value in metrics.items()}
+    if not isinstance(curve, list) or not all(isinstance(look, dict) and MINUTES in look for look in curve):
+        raise InputError(f'{path}: curve: is no list of {{"minutes": number, name: number}}')
+    looks = [_numbers(look, f"{path}: curve.{i}") for i, look in enumerate(curve)]
+    for i, (before, after) in enumerate(pairwise([0.0, *(look[MINUTES] for look in looks)])):
+        if after <= before:
+            raise InputError(f"{path}: curve.{i}.minutes: {after:g} is not above {before:g}; minutes must increase")
+    return _numbers(metrics, f"{path}: metrics"), looks
+
+
+def _numbers(tree: dict[str, Any], where: str) -> dict[str, float]:
+    for name, value in tree.items():
+        if type(value) not in (int, float) or not -1e308 < value < 1e308:
+            raise InputError(f"{where}.{printable(name)}: is no finite number")
+    return {printable(name): float(value) for name, value in tree.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -168,7 +190,7 @@ def command_problem(arm: Arm, folder: Path) -> str | None:
     if arm.recipe is not None:
         return None
     try:
-        _command_metrics(folder)
+        _command_results(folder)
     except InputError as error:
         return str(error)
     return None

@@ -10,39 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ssl_or.errors import InputError
+from hf_ssl_or.errors import InputError, unknown
 from hf_ssl_or.evaluation.protocols import get_protocol
-from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict
+from hf_ssl_or.recipe import Recipe, load_recipe, read_variant, recipe_from_dict, with_defaults
+from hf_ssl_or.runs.labels import metric_label
+from hf_ssl_or.runs.time_to import TimeTo
 from hf_ssl_or.settings import unknown_setting
 from hf_ssl_or.training.checkpoint_choice import MEASURES
 
-KEYS = ("name", "recipe", "overrides", "arms", "grid", "seeds", "evaluate", "select", "figures")
+KEYS = (
+    *("name", "recipe", "recipes", "overrides", "arms", "grid", "seeds"),
+    *("evaluate", "compare", "select", "figures", "time_to", "spectra", "umap"),
+)
 LABEL_FREE = tuple(measure for measure in MEASURES if measure not in ("knn", "lidar"))  # what results.json holds
+TIMED = ("knn", *(measure for measure in LABEL_FREE if metric_label(measure).better == "higher"))
 VALIDATION = ("validation", "valid", "val", "dev")
-BASE = "base"  # name of the only arm where there is just a grid
+BASE = "base"  # name of the only arm where there is just a grid, or just recipes
+ARM, RECIPE = "arm", "recipe"  # what `compare` calls these axes
 _NAME = re.compile(r"\w[\w.+-]*")
 _UNSAFE = re.compile(r"[^\w.=+-]+")
+
+_WANTED = {"arms": "lists of changes", "recipes": "recipes"}
 
 Load = Callable[[Sequence[str]], Recipe]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """An arm, or one cell of the grid within it.
+    """An arm, with one of the recipes and in one cell of the grid.
 
     Attributes:
         name: Its name, which is its folder's.
+        axes: Its place: which arm ("arm"), which recipe ("recipe"), and the values of the grid by dotted setting.
         changes: What it changes in the base recipe, as overrides.
-        cell: Values of the grid's axes by dotted setting.
         recipe: The recipe, but for the seed; None for a command.
         command: Arguments of a program with {output} and {seed}; None for a recipe.
     """
 
     name: str
+    axes: Mapping[str, Any]
     changes: tuple[str, ...] = ()
-    cell: Mapping[str, Any]
     recipe: Recipe | None = None
     command: tuple[str, ...] | None = None
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """Values of the grid's axes by dotted setting."""
+        return {key: value for key, value in self.axes.items() if key not in (ARM, RECIPE)}
 
     def description(self) -> dict[str, Any]:
         """Returns plain data that says what is run."""
@@ -60,8 +74,13 @@ class Plan:
         grid: Values by dotted setting.
         datasets: Data sets that the encoders are evaluated on besides their own; none for no transfer.
         protocols: How they are evaluated there; None takes the default protocols.
+        compare: The axis along which differences are taken, "arm", "recipe" or one of the grid; or names of arms, each
+            with the one that it is compared with; None compares each arm with the first of all.
         select: The column by which an arm is selected.
         figures: Columns to draw; None takes the headlines.
+        time_to: What the arms are timed to.
+        spectra: Arms whose spectra and filters are drawn.
+        umap: Arms whose features are drawn in two dimensions.
     """
 
     name: str
@@ -70,8 +89,24 @@ class Plan:
     grid: Mapping[str, list[Any]]
     datasets: tuple[str, ...] = ()
     protocols: tuple[str, ...] | None = None
+    compare: str | Mapping[str, str] | None = None
     select: str | None = None
     figures: tuple[str, ...] | None = None
+    time_to: TimeTo | None = None
+    spectra: tuple[str, ...] = ()
+    umap: tuple[str, ...] = ()
+
+    def reference(self, arm: Arm) -> Arm | None:
+        """Returns the arm that another is compared with; None for what others are compared with."""
+        if self.compare is None:
+            return None if arm is self.arms[0] else self.arms[0]
+        if isinstance(self.compare, Mapping):
+            wanted = {**arm.axes, ARM: self.compare.get(arm.axes[ARM])}
+            return next((one for one in self.arms if one.axes == wanted), None)
+        others = {key: value for key, value in arm.axes.items() if key != self.compare}
+        alike = [one for one in self.arms if one.axes.keys() == arm.axes.keys() and {**one.axes, **others} == one.axes]
+        first = alike[0] if self.compare in arm.axes else arm
+        return None if first is arm else first
 
 
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
@@ -118,8 +153,12 @@ class _Reader:
             grid=grid,
             datasets=evaluate.get("datasets", ()),
             protocols=evaluate.get("protocols"),
+            compare=self._compare(arms),
             select=select,
             figures=figures,
+            time_to=self._time_to(arms),
+            spectra=self._drawn_arms("spectra", arms),
+            umap=self._drawn_arms("umap", arms),
         )
 
     # -- the keys -----------------------------------------------------------------------------------------------------
@@ -168,6 +207,32 @@ class _Reader:
             raise self.error(f"seeds: {twice[0]} is given twice")
         return tuple(seeds)
 
+    def _drawn_arms(self, key: str, arms: Sequence[Arm]) -> tuple[str, ...]:
+        """Returns the arms that a key names, each of which runs a recipe."""
+        if self.tree.get(key) is None:
+            return ()
+        known = {arm.name: arm for arm in arms}
+        names = self._words(key)
+        for name in names:
+            if name not in known:
+                raise self.error(f"{key}: {unknown('arm', name, known)}")
+            if known[name].recipe is None:
+                raise self.error(f"{key}: arm {name} is a command, which leaves numbers only; name arms of a recipe")
+        return names
+
+    def _compare(self, arms: Sequence[Arm]) -> str | Mapping[str, str] | None:
+        compare = self.tree.get("compare")
+        if isinstance(compare, Mapping):
+            names = [arm.axes[ARM] for arm in arms]
+            for name in [str(name) for pair in compare.items() for name in pair]:
+                if name not in names:
+                    raise self.error(f"compare: {unknown('arm', name, names)}")
+            return compare
+        axes = list(dict.fromkeys(axis for arm in arms for axis in arm.axes))
+        if compare is not None and compare not in axes:
+            raise self.error(f"compare: {unknown('axis', str(compare), axes)}")
+        return compare
+
     def _check_select(self, select: Any, arms: Sequence[Arm]) -> None:
         """Refuses a column of test images: who selects by it reports the best of many, not a result."""
         if select in LABEL_FREE or select == "monitor/knn":  # on held-out training images
@@ -182,54 +247,113 @@ class _Reader:
                     "or set data.test_split: validation"
                 )
 
+    def _time_to(self, arms: Sequence[Arm]) -> TimeTo | None:
+        value, keys = self.tree.get("time_to"), ["metric", "arm", "value"]
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.error(f"time_to: a metric with an arm or a value is wanted, not {value!r:.80}")
+        for key in value:
+            if key not in keys:
+                raise self.error(unknown_setting("key in time_to", str(key), keys))
+        metric, arm, threshold = (value.get(key) for key in keys)
+        if metric not in TIMED:
+            raise self.error(f"time_to.metric: {unknown('metric', str(metric), TIMED)}")
+        if (arm is None) == (threshold is None):
+            raise self.error("time_to: give arm, whose last value is to be reached, or value: one of them")
+        names = [one.name for one in arms]
+        if arm is not None and arm not in names:
+            raise self.error(f"time_to.arm: {unknown('arm', str(arm), names)}")
+        if threshold is not None and (type(threshold) not in (int, float) or not -1e300 < threshold < 1e300):
+            raise self.error(f"time_to.value: a number is wanted, not {threshold!r:.80}")
+        for one in arms:
+            if one.recipe is not None and not one.recipe.training.monitor_every:
+                raise self.error(f"time_to: arm {one.name} never looks; set training.monitor_every")
+        return TimeTo(metric=metric, arm=arm, value=threshold)
+
     # -- arms ---------------------------------------------------------------------------------------------------------
 
     def _arms(self, grid: Mapping[str, list[Any]], evaluate: Mapping[str, Any]) -> Iterator[Arm]:
-        named = self.tree.get("arms") or {}
-        if not isinstance(named, Mapping):
-            raise self.error(f"arms: names with lists of changes are wanted, not {named!r:.80}")
-        if not named and not grid:
-            raise self.error("arms, grid: name one of them, there is nothing to compare")
+        named = {name: value for name, value in self._named("arms").items() if value is not None}
+        recipes = {name: path for name, path in self._named("recipes").items() if path is not None}
+        if not named and not grid and not recipes:
+            raise self.error("arms, grid, recipes: name one of them, there is nothing to compare")
         named = named or {BASE: []}
+        loads: dict[str, Load] = {}
         if any(not _is_command(value) for value in named.values()):
-            load = self._base(evaluate)
-            base = load([])
-        for name, value in named.items():
-            where = f"arms.{name}"
-            if not _NAME.fullmatch(str(name)):
-                raise self.error(f"{where}: letters, digits and . + - _ only, as the name is a folder's")
-            if _is_command(value):
-                yield self._command(str(name), value)
-                continue
-            changes = self._changes(where, value)
-            if changes and self._load(load, changes, where) == base:
-                told = ", ".join(f"{key}={text}" for key, text in changes.items())
-                raise self.error(f"{where}: changes nothing: {told} is the base recipe; write [] for the base itself")
-            if both := changes.keys() & grid.keys():
-                raise self.error(f"{where}: sets {min(both)}, which the grid sets too")
-            for cell in (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())):
-                all_changes = changes | {key: _text(value) for key, value in cell.items()}
-                full = _cell_name("" if cell and name == BASE else str(name), cell)
-                place = f"grid, {full}" if cell else where
-                yield Arm(
-                    name=full,
-                    changes=tuple(f"{key}={text}" for key, text in all_changes.items()),
-                    cell=cell,
-                    recipe=self._load(load, all_changes, place),
-                )
+            loads = self._loads(recipes, evaluate)
+        bases = {recipe: load([]) for recipe, load in loads.items()}
+        changes = {
+            name: self._arm_changes(name, value, loads, bases, grid)
+            for name, value in named.items()
+            if not _is_command(value)
+        }
+        for i, recipe in enumerate(loads or [""]):
+            for name, value in named.items():
+                if name in changes:
+                    yield from self._cells(name, changes[name], recipe, loads[recipe], grid)
+                elif i == 0:
+                    yield self._command(name, value)
 
-    def _base(self, evaluate: Mapping[str, Any]) -> Load:
-        """Returns what loads the base recipe with further changes; nothing is read for arms that are all commands."""
+    def _arm_changes(
+        self, name: str, value: Any, loads: dict[str, Load], bases: dict[str, Recipe], grid: Mapping[str, list[Any]]
+    ) -> dict[str, str]:
+        """Returns what an arm changes, unless that changes no recipe at all, or what the grid changes too."""
+        changes = self._changes(f"arms.{name}", value)
+        if changes and all(self._load(load, changes, f"arms.{name}") == bases[key] for key, load in loads.items()):
+            told = ", ".join(f"{key}={text}" for key, text in changes.items())
+            raise self.error(f"arms.{name}: changes nothing: {told} is the base recipe; write [] for the base itself")
+        if both := changes.keys() & grid.keys():
+            raise self.error(f"arms.{name}: sets {min(both)}, which the grid sets too")
+        return changes
+
+    def _cells(
+        self, name: str, changes: dict[str, str], recipe: str, load: Load, grid: Mapping[str, list[Any]]
+    ) -> Iterator[Arm]:
+        """Returns an arm of one recipe in every cell of the grid."""
+        for values in itertools.product(*grid.values()):
+            cell = dict(zip(grid, values, strict=True))
+            all_changes = changes | {key: _text(value) for key, value in cell.items()}
+            own_name = "" if name == BASE and (recipe or cell) else name
+            full = ",".join([*filter(None, [recipe, own_name]), *_cell_parts(cell)])
+            yield Arm(
+                name=full,
+                axes={ARM: name} | ({RECIPE: recipe} if recipe else {}) | cell,
+                changes=tuple(f"{key}={text}" for key, text in all_changes.items()),
+                recipe=self._load(load, all_changes, full if recipe or cell else f"arms.{name}"),
+            )
+
+    def _named(self, key: str) -> dict[str, Any]:
+        """Returns what `arms` or `recipes` names."""
+        named = self.tree.get(key) or {}
+        if not isinstance(named, Mapping):
+            raise self.error(f"{key}: names with {_WANTED[key]} are wanted, not {named!r:.80}")
+        for name in named:
+            if not _NAME.fullmatch(str(name)):
+                raise self.error(f"{key}.{name}: letters, digits and . + - _ only, as the name is a folder's")
+        return {str(name): value for name, value in named.items()}
+
+    def _loads(self, recipes: Mapping[str, Any], evaluate: Mapping[str, Any]) -> dict[str, Load]:
+        """Returns what loads each base recipe with further changes, by its name; the only one of `recipe` has none."""
         base = self.tree.get("recipe")
+        if recipes and base is not None:
+            raise self.error("recipe, recipes: give one of them")
+        if not recipes and not isinstance(base, str | Mapping):
+            raise self.error("recipe: name a recipe that the arms change, or write it here")
         overrides = [f"{key}={text}" for key, text in self._changes("overrides", self.tree.get("overrides")).items()]
         if "protocols" in evaluate and "datasets" not in evaluate:
             overrides.append(f"evaluation.protocols={_text(list(evaluate['protocols']))}")
-        if isinstance(base, Mapping):
-            return lambda changes: recipe_from_dict(base, f"{self.source}: recipe", [*overrides, *changes])
-        if not isinstance(base, str):
-            raise self.error("recipe: name a recipe that the arms change, or write it here")
-        beside = self.folder / base
-        path = beside if any(beside.parent.glob(f"{beside.stem.partition('-')[0]}*")) else Path(base)
+        where = {name: f"recipes.{name}" for name in recipes} or {"": "recipe"}
+        return {name: self._loader(where[name], recipe, overrides) for name, recipe in (recipes or {"": base}).items()}
+
+    def _loader(self, where: str, recipe: Any, overrides: list[str]) -> Load:
+        if isinstance(recipe, Mapping):
+            tree = with_defaults(recipe, self.folder)
+            return lambda changes: recipe_from_dict(tree, f"{self.source}: {where}", [*overrides, *changes])
+        if not isinstance(recipe, str):
+            raise self.error(f"{where}: name a recipe, or write it here, not {recipe!r:.80}")
+        beside = self.folder / recipe
+        path = beside if any(beside.parent.glob(f"{beside.stem.partition('-')[0]}*")) else Path(recipe)
         return lambda changes: load_recipe(path, [*overrides, *changes])
 
     def _load(self, load: Load, changes: Mapping[str, str], where: str) -> Recipe:
@@ -274,14 +398,18 @@ class _Reader:
         for place in ("{output}", "{seed}"):
             if not any(place in word for word in words):
                 raise self.error(f"{where}: has no {place}, so its runs would all be the same one")
-        return Arm(name=name, cell={}, command=words)
+        return Arm(name=name, axes={ARM: name}, command=words)
 
     def _refuse_twins(self, arms: Sequence[Arm]) -> None:
-        for one, other in itertools.combinations(arms, 2):
-            if one.description() == other.description():
-                raise self.error(f"arms {one.name}, {other.name}: are the same run; leave one out")
-            if one.name.lower() == other.name.lower():
-                raise self.error(f"arms {one.name}, {other.name}: would share a folder; give them names in arms")
+        runs: dict[str, str] = {}
+        folders: dict[str, str] = {}
+        for arm in arms:
+            run = json.dumps(arm.description(), sort_keys=True)
+            if (other := runs.setdefault(run, arm.name)) != arm.name:
+                raise self.error(f"arms {other}, {arm.name}: are the same run; leave one out")
+            if folders.setdefault(arm.name.lower(), run) != run:
+                other = next(one.name for one in arms if one.name.lower() == arm.name.lower())
+                raise self.error(f"arms {other}, {arm.name}: would share a folder; give them names in arms")
 
 
 def _is_command(arm: Any) -> bool:
@@ -292,11 +420,11 @@ def _text(value: Any) -> str:
     return json.dumps(value)  # which is YAML, with words in quotes
 
 
-def _cell_name(arm: str, cell: Mapping[str, Any]) -> str:
-    """Names a cell, "so,projector_dim=64": the last part of each key, or all of it where two end alike."""
+def _cell_parts(cell: Mapping[str, Any]) -> list[str]:
+    """Names a cell, "projector_dim=64" for each axis: the last part of its key, or all of it where two end alike."""
     lasts = [key.rpartition(".")[2] for key in cell]
     parts = []
     for key, last in zip(cell, lasts, strict=True):
         value = cell[key] if isinstance(cell[key], str) else _text(cell[key])
         parts.append(f"{last if lasts.count(last) == 1 else key}={value}")
-    return ",".join(_UNSAFE.sub("-", part).strip("-") for part in [arm, *parts] if part)
+    return [_UNSAFE.sub("-", part).strip("-") for part in parts]

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_ssl_or.errors import InputError
+from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.runs.results import SCHEMA_VERSION
 from hf_ssl_or.runs.sweep_results import MARK
 from hf_ssl_or.sweeps.plan import Arm, Plan
@@ -81,7 +82,10 @@ def _change(arm: Arm, folder: Path) -> str | None:
             raise InputError(f"{folder}: holds something else than runs of arm {arm.name}; give another --output")
         return None
     try:
-        old = _without_seed(yaml.safe_load(path.read_text(encoding="utf-8")))
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "command" not in old:
+            old = recipe_from_dict(old, str(path)).to_dict()  # settings that are newer have their defaults
+        old = _without_seed(json.loads(json.dumps(old)))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: is damaged or of another version; remove {folder} to run it again") from error
     return first_difference(old, _without_seed(json.loads(json.dumps(arm.description()))))

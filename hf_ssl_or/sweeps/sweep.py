@@ -19,6 +19,7 @@ from hf_ssl_or.sweeps.gather import gather
 from hf_ssl_or.sweeps.plan import Arm, Plan, read_plan
 from hf_ssl_or.sweeps.processes import Running, shell_line, stages
 from hf_ssl_or.sweeps.progress import Progress
+from hf_ssl_or.sweeps.representations import add_representations, keep_representations
 from hf_ssl_or.sweeps.root import prepare
 from hf_ssl_or.training.lock import RunLock
 
@@ -66,8 +67,10 @@ def sweep(
         try:
             _run_all(plan, root, missing, failures, progress, threads)
         finally:
-            results = gather(plan, root, failures)
+            results = keep_representations(plan, gather(plan, root, failures), root)
             results.write(root / layout.RESULTS)
+        results = add_representations(plan, results, root, progress.tell)
+        results.write(root / layout.RESULTS)
         write_sweep_report(root)
     return results
 

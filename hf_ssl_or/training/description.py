@@ -67,6 +67,7 @@ def describe(
     data: DataArguments,
     views: Sequence[Any],
     local_views: Sequence[ViewSpec],
+    size_schedule: Any,
     orthogonality: Any,
     training: Any,
     evaluation: Any,
@@ -79,6 +80,7 @@ def describe(
         data: Settings of the images; `dataset` is the name of an object where it is one.
         views: Specs and callables.
         local_views: Specs of the smaller views.
+        size_schedule: Sizes of the views over the run; None for one size.
         orthogonality: Settings of the penalty.
         training: Settings of the loop.
         evaluation: Settings of the evaluation.
@@ -96,6 +98,7 @@ def describe(
             "specs": specs,
             "local_count": len(local_views),
             "local_specs": plain(list(local_views)) or None,
+            "size_schedule": size_schedule,
         },
         "orthogonality": plain(orthogonality),
         "training": plain(training),

@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, a batched LARS, and a learning rate that is a function of the step."""
+"""Optimizers: parameter groups, a batched LARS, and functions of the step for learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class OptimizerArguments:
         lr: Peak learning rate for the whole batch over all processes, taken as it is given.
         scale_lr: Takes `lr` for 256 images instead: the peak becomes lr * batch_size / 256.
         weight_decay: Decoupled in AdamW, added to the gradient in SGD and LARS.
+        weight_decay_end: Where half a cosine over the run takes the weight decay; None leaves it as it is.
         momentum: Of SGD and LARS; AdamW has `betas`.
         nesterov: Nesterov momentum for SGD and LARS.
         betas: Decay of AdamW's averages of the gradient and of its square.
@@ -43,6 +44,7 @@ class OptimizerArguments:
     lr: float | int = 1e-3
     scale_lr: bool = False
     weight_decay: float | int = 1e-4
+    weight_decay_end: float | int | None = None
     momentum: float | int = 0.9
     nesterov: bool = False
     betas: tuple[float | int, float | int] | list[float | int] = (0.9, 0.999)
@@ -61,6 +63,10 @@ class OptimizerArguments:
         for name in ("weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"training.optimizer.{name}: at least 0, not {getattr(self, name)}")
+        if self.weight_decay_end is not None and not 0 <= self.weight_decay_end < math.inf:
+            raise InputError(
+                f"training.optimizer.weight_decay_end: at least 0, or null for no change, not {self.weight_decay_end}"
+            )
         if not 0 <= self.momentum < 1:
             raise InputError(f"training.optimizer.momentum: lies in [0, 1), not {self.momentum}")
         if self.nesterov and not self.momentum:
@@ -80,8 +86,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude_bias_and_no
         exclude_bias_and_norm: Puts vectors, position and class tokens into the second group; False puts all into one.
 
     Returns:
-        Groups for a torch optimizer: `params` as (name, parameter) pairs, `weight_decay`, and `adapt`, which LARS
-        reads. A group without parameters is left out.
+        Groups for a torch optimizer: `params` as (name, parameter) pairs, `weight_decay`, and `adapt`, which says
+        whether it has decay and, in LARS, trust ratios. A group without parameters is left out.
     """
     adapted: list[tuple[str, nn.Parameter]] = []
     exempt: list[tuple[str, nn.Parameter]] = []
@@ -253,3 +259,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's rate to `factor` times its `base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def weight_decay(step: int, total_steps: int, arguments: OptimizerArguments) -> float:
+    """Returns the weight decay of a step: constant, or half a cosine that reaches `weight_decay_end` after the run.
+
+    Args:
+        step: Step of the run, from 0.
+        total_steps: Steps of the whole run.
+        arguments: Where it begins and ends.
+    """
+    start, end = arguments.weight_decay, arguments.weight_decay_end
+    if end is None:
+        return start
+    return start + (end - start) * (1 - math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Sets the decay of the groups that have one, see `parameter_groups`."""
+    for group in optimizer.param_groups:
+        if group["adapt"]:
+            group["weight_decay"] = value

@@ -18,10 +18,12 @@ from hf_ssl_or.data.augmentation_sampling import check_channels, without_color
 from hf_ssl_or.data.image_dataset import ImageSet
 from hf_ssl_or.data.objects import load_dataset_object, load_eval_object
 from hf_ssl_or.data.pixel_kind import default_bound
+from hf_ssl_or.data.size_schedule import SizeSchedule, check_size_schedule, full_size
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.labeled import load_labeled
 from hf_ssl_or.methods import get_method
 from hf_ssl_or.methods.base import SSLMethod
+from hf_ssl_or.models.adapters import patch_side, refused_size
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.randomness import hashed_seed
@@ -113,12 +115,55 @@ def resolve_data(dataset: Any, data: Any, encoder: Any) -> DataArguments:
     return DataArguments(**{"dataset": name or str(described), **values, **given})
 
 
-def stored_size(data: DataArguments, views: Sequence[View]) -> DataArguments:
-    """Sets how large images are stored, where the settings leave that to the views."""
-    specs = [view for view in views if isinstance(view, ViewSpec)]
-    return (
-        data if data.cache_size else replace(data, cache_size=default_bound(data.image_size, specs or (ViewSpec(),)))
-    )
+def stored_size(
+    data: DataArguments, views: Sequence[View], local_views: Sequence[ViewSpec] = (), size_schedule: Any = None
+) -> DataArguments:
+    """Sets how large images are stored, where the settings leave that to the views, when these are largest."""
+    if data.cache_size:
+        return data
+    side = data.image_size
+    every: list[Any] = [*views, *local_views]
+    if size_schedule is not None:
+        schedule = SizeSchedule(steps=check_size_schedule(size_schedule), full_size=full_size(every, side))
+        every = list(schedule.resized(every, max(schedule.sizes), side))
+    specs = [view for view in every if isinstance(view, ViewSpec)]
+    return replace(data, cache_size=default_bound(side, specs or (ViewSpec(),)))
+
+
+def resolve_size_schedule(
+    steps: Any, views: Sequence[View], local_views: Sequence[ViewSpec], *, encoder: Any, image_size: int
+) -> SizeSchedule | None:
+    """Returns the sizes of the views over the run, after the encoder has taken images of each of them.
+
+    Args:
+        steps: Pairs [share of the run, size]; None for one size.
+        views: The global views.
+        local_views: The smaller ones.
+        encoder: The encoder, adapted.
+        image_size: Side of views that name no size.
+
+    Raises:
+        InputError: The schedule is none, views are made by callables, or the encoder does not take such views.
+    """
+    if steps is None:
+        return None
+    every: list[Any] = [*views, *local_views]
+    patch = patch_side(encoder)
+    schedule = SizeSchedule(steps=check_size_schedule(steps), full_size=full_size(every, image_size), multiple=patch)
+    for size in schedule.sizes:
+        if size % patch:
+            raise InputError(
+                f"views.size_schedule: {size} is no multiple of the side of the encoder's patches, {patch}"
+            )
+    for size in schedule.sizes:
+        specs = schedule.resized(every, size, image_size)
+        for side in dict.fromkeys(spec.size or image_size for spec in specs):
+            if (problem := refused_size(encoder, side)) is not None:
+                raise InputError(
+                    f"views.size_schedule: the encoder takes no views of {side} x {side} pixels ({problem}); "
+                    "give other sizes, or none"
+                )
+    return schedule
 
 
 def resolve_views(views: Views, method: type[SSLMethod], num_channels: int) -> list[View]:

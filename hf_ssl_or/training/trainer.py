@@ -49,7 +49,14 @@ from hf_ssl_or.training.arguments import SSLTrainingArguments
 from hf_ssl_or.training.checkpoint import CheckpointStore, load_optimizer, optimizer_tensors, step_of
 from hf_ssl_or.training.description import describe, first_difference, identity, write_recipe
 from hf_ssl_or.training.lock import RunLock
-from hf_ssl_or.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from hf_ssl_or.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+    weight_decay,
+)
 from hf_ssl_or.training.setup import (
     Views,
     default_folder,
@@ -59,6 +66,7 @@ from hf_ssl_or.training.setup import (
     penalty_settings,
     resolve_data,
     resolve_method,
+    resolve_size_schedule,
     resolve_views,
     scheduler_state,
     stored_size,
@@ -99,6 +107,8 @@ class SSLTrainer:
         views: Number of the method's own views; or one `ViewSpec` or callable per view. A callable gets one image of
             shape (1, C, H, W), see `hf_ssl_or.data.objects`.
         local_views: Specs of smaller views, for methods with multi-crop.
+        size_schedule: Size of the views over the run, as pairs (share of the run, pixels): [(0, 16), (0.5, 32)], see
+            `hf_ssl_or.recipe.ViewArguments`; None for one size.
         orthogonality: Penalty on the encoder's weights; None for none.
         evaluators: Names of evaluation protocols, or `Protocol` objects.
         evaluation: Further settings of the evaluation.
@@ -127,6 +137,7 @@ class SSLTrainer:
         encoder: str | nn.Module | None = None,
         views: Views = None,
         local_views: Sequence[ViewSpec] = (),
+        size_schedule: Sequence[Sequence[float]] | None = None,
         orthogonality: OrthogonalityConfig | Mapping[str, Any] | None = None,
         evaluators: Sequence[Any] | None = None,
         evaluation: EvaluationArguments | None = None,
@@ -144,7 +155,15 @@ class SSLTrainer:
         config: Any = method_object.encoder.config
         self.views = resolve_views(views, type(method_object), config.num_channels)
         self.local_views = list(local_views)
-        data_arguments = stored_size(resolve_data(train_dataset, data, method_object.encoder), self.views)
+        data_arguments = resolve_data(train_dataset, data, method_object.encoder)
+        self.size_schedule = resolve_size_schedule(
+            size_schedule,
+            self.views,
+            self.local_views,
+            encoder=method_object.encoder,
+            image_size=data_arguments.image_size,
+        )
+        data_arguments = stored_size(data_arguments, self.views, (), size_schedule)
         with self.accelerator.local_main_process_first():  # which decodes the images for the others
             self.images, self.labeled = load_sets(train_dataset, eval_dataset, data_arguments, config.num_channels)
         self.orthogonality = penalty_settings(orthogonality)
@@ -160,6 +179,7 @@ class SSLTrainer:
             else replace(data_arguments, dataset=self.images.name),
             views=self.views,
             local_views=self.local_views,
+            size_schedule=None if self.size_schedule is None else self.size_schedule.steps,
             orthogonality=self.orthogonality,
             training=self.args,
             evaluation=self.evaluation,
@@ -194,6 +214,11 @@ class SSLTrainer:
                 raise InputError("optimizers: a scheduler needs its optimizer; give both")
             self.optimizer = build_optimizer(self.trained, args.optimizer, batch_size=args.batch_size)
         else:
+            if args.optimizer.weight_decay_end is not None:
+                raise InputError(
+                    "training.optimizer.weight_decay_end: of the optimizers that recipes name; leave it at null, "
+                    "and change the decay of yours in a callback"
+                )
             self.optimizer = take_optimizer(given, self.scheduler, self.trained, fsdp=self.sharded)
         self.wrapped_optimizer = accelerator.prepare(self.optimizer)
         self.wrapped_model = accelerator.prepare_model(self.trained, evaluation_mode=self.sharded)  # then without DDP
@@ -210,6 +235,8 @@ class SSLTrainer:
             world_size=accelerator.num_processes,
         )
         self.total_steps = args.max_steps or args.epochs * self.loader.steps_per_epoch
+        if self.size_schedule is not None:
+            self.loader.follow(self.size_schedule, self.total_steps)
         self.warmup_steps = round(args.optimizer.warmup_epochs * self.loader.steps_per_epoch)
         if self.regularizer.decoupled:
             self.regularizer.follow(self._rate if self.scheduler is None else rate_of(self.scheduler))
@@ -398,6 +425,8 @@ class SSLTrainer:
         torch.manual_seed(hashed_seed(args.seed, "step", step, self.accelerator.process_index))
         if self.scheduler is None:
             set_learning_rate(self.optimizer, self._rate(step))
+        if args.optimizer.weight_decay_end is not None:
+            set_weight_decay(self.optimizer, weight_decay(step, self.total_steps, args.optimizer))
         output = self.wrapped_model(batch)
         self.accelerator.backward(output.loss)
         if self.accelerator.scaler is not None:
@@ -435,7 +464,13 @@ class SSLTrainer:
     def _fetch(self) -> dict[str, float]:
         """Brings the means since the last line to the host."""
         self._check_finite()
-        return {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"], **self.clock.read()}
+        values = {**self.meter.fetch(), "lr": self.optimizer.param_groups[0]["lr"]}
+        last, optimizer = self.state.global_step - 1, self.args.optimizer
+        if optimizer.weight_decay_end is not None:
+            values["weight_decay"] = weight_decay(last, self.total_steps, optimizer)
+        if self.size_schedule is not None:
+            values["view_size"] = self.loader.view_size(last)
+        return {**values, **self.clock.read()}
 
     def _check_finite(self) -> None:
         if not self.all_finite:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.sources import ImageSource, load_source
+from hf_ssl_or.data.image_source import ImageSource
+from hf_ssl_or.data.sources import load_source
 from hf_ssl_or.models.image_conversion import to_pixels
 
 

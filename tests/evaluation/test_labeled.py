@@ -13,7 +13,6 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from hf_ssl_or.data.arguments import DataArguments
-from hf_ssl_or.data.published import find_dataset
 from hf_ssl_or.errors import InputError
 from hf_ssl_or.evaluation.labeled import find_test_split, load_labeled
 
@@ -88,22 +87,6 @@ def test_the_validation_split_stands_in(tmp_path: Path) -> None:
     data = image_folder(tmp_path / "t", {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}})
     assert find_test_split(data).test_split == "test"
     assert load_labeled(DataArguments(dataset="shapes", shapes_train=9, shapes_test=0), required=False) is None
-
-
-def test_names_in_the_folder_of_data_sets(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "flowers").mkdir()
-    assert find_dataset("flowers") == "flowers"
-    monkeypatch.setenv("HF_SSL_OR_DATA", str(tmp_path))
-    assert find_dataset("flowers") == str(tmp_path / "flowers")
-    assert find_dataset("org/flowers") == str(tmp_path / "flowers")
-    (tmp_path / "org" / "flowers").mkdir(parents=True)
-    assert find_dataset("org/flowers") == str(tmp_path / "org" / "flowers")
-    assert [find_dataset(name) for name in ("shapes", "org/set", str(tmp_path))] == [
-        "shapes",
-        "org/set",
-        str(tmp_path),
-    ]
-    assert torch.is_tensor(load_labeled(DataArguments(dataset="shapes", shapes_train=9, shapes_test=5))[1].labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,31 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_for_every_trained_weight(na
     check_gradients(method)
 
 
+def test_the_encoders_features_are_what_is_compared_without_projector(name, encoder):
+    own = {field.name for field in dataclasses.fields(get_method(name).config_class)}
+    if "projector_layers" not in own:
+        return
+    fitting = {"iternorm_group": 4} if name == "vibcreg" else {}
+    method = get_method(name)(encoder(), **small_settings(name) | fitting, projector_layers=0).train()
+    if name == "wmse":  # whose batch is too small for the width of the features
+        with pytest.raises(InputError, match="16 images are too few to whiten 16 dimensions"):
+            method.prepare(num_views=2, batch_size=B)
+        return
+    method.prepare(num_views=2, batch_size=B)
+    assert method.projection_dim == 16 and not any(part.startswith("projector.mlp") for part in method.state_dict())
+    method(make_batch()).loss.backward()
+    check_gradients(method)
+
+
+def test_the_hidden_layers_may_be_as_wide_as_the_projections(name, encoder):
+    own = {field.name for field in dataclasses.fields(get_method(name).config_class)}
+    if "projector_hidden" not in own:
+        return
+    settings = small_settings(name) | {"projector_hidden": "same", "projector_layers": 2}
+    weights = [p for key, p in get_method(name)(encoder(), **settings).named_parameters() if "projector" in key]
+    assert weights[0].shape[0] == settings.get("projector_dim", get_method(name).config_class().projector_dim)
+
+
 def test_local_views_take_part_or_are_refused(name, encoder):
     if not get_method(name).takes_local_views:
         with pytest.raises(InputError, match="views.local_count: .* takes no local views"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,8 +16,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from hf_ssl_or.report.curves import plot_collapse, plot_losses, plot_throughput
-from hf_ssl_or.report.embeddings import principal_components
-from hf_ssl_or.report.filters import plot_errors, plot_filters
+from hf_ssl_or.report.embeddings import embed, plot_embedding, principal_components
+from hf_ssl_or.report.filters import block_means, correlate_filters, plot_errors, plot_filters
 from hf_ssl_or.report.html import plot_figures
 from hf_ssl_or.report.spectrum_plots import plot_spectra_compared, plot_spectra_of_runs
 from hf_ssl_or.report.style import inline_svg, panels, shorten, style
@@ -116,6 +119,64 @@ def test_correlations_of_at_most_256_filters_are_drawn(make_run, tmp_path: Path)
     save_file({WEIGHTS[-1]: weight}, folder / "encoder" / "model.safetensors")
     with style():
         assert "256 of 600 filters" in plot_filters(read_runs([folder]), tmp_path).alt
+
+
+def test_filters_that_are_alike_are_drawn_together(make_run) -> None:
+    (run,) = read_runs([make_run("run")])  # filter i + 32 nearly repeats filter i
+    found, blocks = correlate_filters(run), correlate_filters(run, 32)
+    image = np.array(found.image)
+    beside = np.maximum(np.append(np.diag(image, 1), 0), np.append(0, np.diag(image, 1)))
+    assert (found.layer, found.filters, found.drawn, image.shape) == (WEIGHTS[-1], 64, 64, (64, 64))
+    assert (beside > 0.8).mean() > 0.7 and found.mean < 0.1
+    assert np.shape(blocks.image) == (32, 32) and blocks.mean == found.mean
+    assert np.diag(blocks.image).mean() > 0.4 > 5 * np.median(blocks.image)
+
+
+def test_block_means_are_those_of_pairs_of_different_filters() -> None:
+    matrix = np.random.default_rng(0).random((7, 7))
+    matrix = (matrix + matrix.T) / 2
+    np.fill_diagonal(matrix, 1)
+    means = block_means(matrix, 3)  # of filters 0-1, 2-3, 4-6
+    assert means[0, 0] == pytest.approx(matrix[0, 1]) and means[0, 2] == pytest.approx(matrix[:2, 4:].mean())
+    assert means[2, 2] == pytest.approx((matrix[4, 5] + matrix[4, 6] + matrix[5, 6]) / 3)
+    np.testing.assert_allclose(block_means(matrix, 9), matrix)
+
+
+def test_features_in_two_dimensions(make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = read_runs([make_run("run")])
+    features, labels = run.features["features"].astype(np.float64), run.features["labels"]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosine = unit @ unit.T - 3 * np.eye(len(unit))
+    alike = labels[np.argsort(-cosine, axis=1)[:, :10]] == labels[:, None]
+    found = embed(run.features, "PCA")
+    assert found.same_class == pytest.approx(100 * alike.mean(), abs=0.1) and len(found.x) == len(labels)
+    assert found.class_names == ["circle", "square", "triangle", "star", "cross"] and found.labels == labels.tolist()
+
+    class UMAP:
+        def __init__(self, **settings: int) -> None:
+            assert settings == {"n_neighbors": 15, "random_state": 0}
+
+        def fit_transform(self, x: np.ndarray) -> np.ndarray:
+            return x[:, :2]
+
+    module = types.ModuleType("umap")
+    module.UMAP, module.__spec__ = UMAP, ModuleSpec("umap", None)
+    monkeypatch.setitem(sys.modules, "umap", module)
+    with style():
+        pca, umap = plot_embedding([run], tmp_path, umap=True)
+    assert (pca.name, umap.name) == ("embedding-pca", "embedding-umap")
+    share = f"so many have its class: run: {100 * alike.mean():.1f} %"
+    assert share in pca.caption and share in umap.caption and "of the variance" in pca.alt
+    assert "Distances between groups mean little" in umap.caption
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"), [(None, []), ([0, 1, 1, 0], ["class 0", "class 1"]), ([0, 1, 3, 99], [])]
+)
+def test_classes_without_names_and_too_many(labels: list[int] | None, names: list[str]) -> None:
+    arrays = {"features": np.random.default_rng(0).standard_normal((4, 3))}
+    found = embed(arrays if labels is None else arrays | {"labels": np.array(labels)}, "PCA")
+    assert found.class_names == names and (found.same_class is None) == (labels is None)
 
 
 def test_inline_svg_takes_the_colors_of_the_page() -> None:

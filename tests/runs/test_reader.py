@@ -83,6 +83,9 @@ def test_times_and_rates_are_those_of_the_log(make_run) -> None:
     rates = [line["images_per_second"] for line in run.metrics.lines if line["kind"] == "train"]
     assert run.steps == 40 and run.images_per_second == pytest.approx(np.median(rates))
     assert run.step_seconds == pytest.approx(sum(256 / rate for rate in rates))
+    minutes = [look["minutes"] for look in run.curve]
+    assert minutes == pytest.approx([sum(256 / rate for rate in rates[:step]) / 60 for step in (10, 20, 30, 40)])
+    assert [look["knn"] for look in run.curve] == [line["knn"] for line in run.monitor]
 
 
 def test_checkpoints_are_listed_by_step(make_run) -> None:

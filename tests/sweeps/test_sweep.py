@@ -23,6 +23,8 @@ from hf_ssl_or.errors import InputError
 from hf_ssl_or.report.sweep_page import write_sweep_report
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
 from hf_ssl_or.sweeps import processes
+from hf_ssl_or.sweeps.gather import command_problem
+from hf_ssl_or.sweeps.plan import Arm
 from hf_ssl_or.sweeps.progress import Progress
 from hf_ssl_or.sweeps.sweep import list_runs, sweep
 from tests.processes import Ended, Processes, command_line
@@ -101,7 +103,7 @@ def measured(root: Path) -> Any:
     """Every value of a sweep that does not depend on time."""
     arms = json.loads((root / "results.json").read_text())["arms"]
     for one in (run for arm in arms for run in arm["runs"]):
-        assert one["metrics"].pop("minutes") > 0
+        assert one["metrics"].pop("minutes") > 0 and all(look.pop("minutes") > 0 for look in one["curve"])
     return arms
 
 
@@ -109,7 +111,8 @@ def measured(root: Path) -> Any:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
     """An uninterrupted sweep: its file, its folder, its seconds."""
     folder = tmp_path_factory.mktemp("sweep")
-    file = write(folder / "tiny.yaml")
+    timed = {"metric": "knn", "arm": "none"}
+    file = write(folder / "tiny.yaml", time_to=timed, spectra=["none", "so"], umap=["so"])
     ended = run(file, folder / "whole")
     assert ended.statuses == [0], ended.errors[-3000:]
     return file, folder / "whole", ended.seconds
@@ -160,6 +163,11 @@ def test_what_is_written(whole: tuple[Path, Path, float], capsys: pytest.Capture
     assert results["schema_version"] == 1 and results["columns"][-2:] == ["rankme", "minutes"]
     one = results["arms"][0]["runs"][0]
     assert one["environment"]["packages"]["torch"] and {"rankme", "minutes"} < one["metrics"].keys()
+    looks = one["curve"]
+    assert [look["step"] for look in looks] == [2] and {"knn", "rankme"} < looks[0].keys()
+    assert looks[-1]["minutes"] == pytest.approx(one["metrics"]["minutes"])
+    assert looks[-1]["knn"] == one["metrics"]["monitor/knn"]
+    assert "| times sooner than none |" in (root / "table.md").read_text()
     values, differences = (root / "table.md").read_text().split("Differences to so")
     assert "| none" in values and "±" in values and "(selected by RankMe)" in values
     assert "95 % t interval" in differences and "| wide |" in differences
@@ -167,7 +175,15 @@ def test_what_is_written(whole: tuple[Path, Path, float], capsys: pytest.Capture
     first = page.read_text()
     page.unlink()
     assert main(["report", str(root)]) == 0 and "figures" in capsys.readouterr().out
-    assert page.read_text() == first and {path.name for path in (root / "figures").iterdir()} >= {"arms.png"}
+    assert page.read_text() == first and {path.name for path in (root / "figures").iterdir()} >= {
+        "arms.png",
+        "time.svg",
+    }
+    kept = {arm["name"]: arm["runs"][0].get("representations") for arm in results["arms"]}
+    weights = [key for key in kept["none"]["spectra"] if key.startswith("weight/")]
+    assert len(weights) == 4 and kept["none"]["filters"]["layer"] == weights[-1].removeprefix("weight/")
+    assert len(kept["so"]["embedding"]["x"]) == 20 and "embedding" not in kept["none"] and kept["wide"] is None
+    assert 'id="figure-spectra-compared"' in first and 'id="figure-filters"' in first
     assert '<h2 id="arms-heading">' in first and first.count("<svg") >= 2
 
 
@@ -224,7 +240,8 @@ import json, pathlib, sys
 folder, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 if seed == 1 and sys.argv[3] == "fails":
     sys.exit("the loop ran out of luck")
-(folder / "results.json").write_text(json.dumps({"metrics": {"top1": 40.0 + seed}}))
+measured = {"metrics": {"top1": 40.0 + seed}, "curve": [{"minutes": 2 + seed, "knn": 9}]}
+(folder / "results.json").write_text(json.dumps(measured))
 """
 
 
@@ -241,7 +258,26 @@ def test_commands_and_an_arm_that_fails(tmp_path: Path, capsys: pytest.CaptureFi
     values = {arm["name"]: arm["runs"] for arm in json.loads((tmp_path / "root/results.json").read_text())["arms"]}
     assert [one["metrics"] for one in values["ours"]] == [{"top1": 40.0}, {"top1": 41.0}]
     assert values["theirs"][0]["metrics"] == {"top1": 40.0} and "luck" in values["theirs"][1]["failure"]
+    assert [one["curve"] for one in values["ours"]] == [[{"minutes": 2 + seed, "knn": 9}] for seed in (0, 1)]
     assert "results.json: cannot be read" in values["silent"][0]["failure"]
     assert values["missing"][0]["failure"].startswith("no-such-program: No such file")
     table = (tmp_path / "root" / "table.md").read_text()
     assert "| ours | 2/2 | 40.50 ± 0.71 |" in table and "ran out of luck" in table
+
+
+@pytest.mark.parametrize(
+    ("curve", "problem"),
+    [
+        ({"minutes": 1}, "curve: is no list of"),
+        ([{"knn": 1}], "curve: is no list of"),
+        ([{"minutes": 1, "knn": "9"}], "curve.0.knn: is no finite number"),
+        ([{"minutes": 1}, {"minutes": float("nan")}], "curve.1.minutes: is no finite number"),
+        ([{"minutes": 1}, {"minutes": 1}], "curve.1.minutes: 1 is not above 1; minutes must increase"),
+        ([{"minutes": 0}], "curve.0.minutes: 0 is not above 0"),
+        ([{"minutes": 1, "knn": 10**400}], "curve.0.knn: is no finite number"),
+    ],
+)
+def test_a_curve_that_is_none(curve: Any, problem: str, tmp_path: Path):
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": {"top1": 1}, "curve": curve}))
+    told = command_problem(Arm(name="loop", axes={}, command=("loop",)), tmp_path)
+    assert told is not None and problem in told and "\n" not in told

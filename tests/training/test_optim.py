@@ -17,6 +17,8 @@ from hf_ssl_or.training.optim import (
     learning_rate,
     parameter_groups,
     set_learning_rate,
+    set_weight_decay,
+    weight_decay,
 )
 
 SHAPES = [(8, 3, 3, 3), (16, 8), (5, 7), (4, 4)]
@@ -245,6 +247,36 @@ def test_schedule_without_warmup_and_at_its_ends() -> None:
     assert [learning_rate(step, 10, 1, constant) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
 
 
+# -- weight decay -----------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_is_constant_or_half_a_cosine() -> None:
+    assert [weight_decay(step, 10, OptimizerArguments(weight_decay=0.3)) for step in (0, 5, 10)] == [0.3] * 3
+    rising = OptimizerArguments(weight_decay=0.04, weight_decay_end=0.4)
+    found = [weight_decay(step, 100, rising) for step in range(101)]
+    assert found == pytest.approx(
+        [0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(101)]
+    )
+    assert (found[0], found[50], found[100]) == pytest.approx((0.04, 0.22, 0.4))
+    assert weight_decay(500, 100, rising) == pytest.approx(0.4)
+    assert weight_decay(9, 9, OptimizerArguments(weight_decay=0.1, weight_decay_end=0)) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_changed_decay_is_that_of_an_optimizer_made_with_it_and_spares_vectors(name: str) -> None:
+    nets, results = [small_net() for _ in range(2)], []
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, made, later in zip(nets, (0.0, 0.3), (0.3, None), strict=True):
+        optimizer = build_optimizer(net, OptimizerArguments(name=name, lr=0.1, weight_decay=made), batch_size=8)
+        if later is not None:
+            set_weight_decay(optimizer, later)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+        net(torch.ones(2, 3, 3, 3)).square().sum().backward()
+        optimizer.step()
+        results.append(net.state_dict())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +288,8 @@ def test_schedule_without_warmup_and_at_its_ends() -> None:
         {"eps": 0},
         {"lars_eta": -1},
         {"weight_decay": -1e-4},
+        {"weight_decay_end": -1e-4},
+        {"weight_decay_end": math.inf},
         {"warmup_epochs": -1},
         {"momentum": 1},
         {"nesterov": True, "momentum": 0},

@@ -24,7 +24,7 @@ RECIPE = {
         "model_args": {"layers": [1, 1, 1, 1]},
     },
     "method": {"name": "byol"},  # a teacher, a predictor and their statistics are part of the state
-    "views": {"count": 2},
+    "views": {"count": 2, "size_schedule": [[0, 16], [0.5, 32]]},
     "orthogonality": {"penalty": "srip", "weight": 1e-3},  # its vectors too
     "training": {
         "batch_size": 16,
@@ -34,7 +34,7 @@ RECIPE = {
         "monitor_images": 64,
         "save_steps": 3,
         "device": "cpu",
-        "optimizer": {"name": "adamw", "lr": 0.003, "warmup_epochs": 1},
+        "optimizer": {"name": "adamw", "lr": 0.003, "warmup_epochs": 1, "weight_decay_end": 0.1},
     },
     "evaluation": {"protocols": ["knn"]},
 }
