@@ -379,7 +379,7 @@ def test_relaxed_leaves_the_inner_band_nearly_alone():
         final = torch.linalg.svdvals(encoder[0].weight.detach()).flip(0) ** 2
         moved[target] = (final / final[3] - squares).abs()
     assert moved["relaxed"][1:-1].max() < 0.2 * moved["scaled"][1:-1].max()
-    assert moved["relaxed"][[0, -1]].min() > 0.15
+    assert moved["relaxed"][[0, -1]].min() > 5 * moved["relaxed"][1:-1].max()
 
 
 def test_layers_that_were_bounded_are_named_at_the_end(caplog):
