@@ -5,8 +5,9 @@
     python benchmarks/papers.py [--check]
 
 Results are kept in benchmarks/results/<machine>/papers/<sweep>.json: every value of every seed. In documents they
-stand between `<!-- sweep MACHINE NAME -->` and `<!-- end -->`; what was not run reads "Not measured". `--check` writes
-nothing, and fails where a document is not what the results say.
+stand between `<!-- sweep MACHINE NAME -->` and `<!-- end -->`; what was not run reads "Not measured". After
+`<!-- times MACHINE NAME ARM -->` stands how soon arms are as good as that arm. `--check` writes nothing, and fails
+where a document is not what the results say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from hf_ssl_or.report.style import style
 from hf_ssl_or.report.sweep_plots import plot_sweep
 from hf_ssl_or.runs.results import read_record
 from hf_ssl_or.runs.sweep_results import SweepResults
+from hf_ssl_or.runs.time_to import TimeTo
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "papers"
 FIGURES = DOCS / "figures"
 RESULTS = ROOT / "benchmarks" / "results"
+TIMES = re.compile(r"(<!-- times (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- sweep (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -74,6 +78,20 @@ def block(match: re.Match[str], folder: Path) -> str:
     return "\n".join([start, *parts, end])
 
 
+def times(match: re.Match[str]) -> str:
+    """Returns how soon the arms of a sweep are as good as another one than the sweep names."""
+    start, machine, name, arm, end = match.groups()
+    path = kept(machine, name)
+    if not path.exists():
+        return f"{start}Not measured.\n{end}"
+    results = read_record(SweepResults, path)
+    assert results.time_to is not None
+    timed = replace(results, time_to=TimeTo(metric=results.time_to.metric, arm=arm))
+    table = sweep_tables.time_table(timed)
+    assert table is not None
+    return "\n".join([start, sweep_tables.table_markdown(table), end])
+
+
 def source(results: SweepResults, kept_tree: dict[str, Any]) -> str:
     """Says in one line what a sweep's figures are from."""
     runs = [run for arm in results.arms for run in arm.runs if run.metrics]
@@ -98,7 +116,7 @@ def main() -> None:
         folder = Path(scratch) if args.check else FIGURES
         for page in sorted(DOCS.glob("*.md")):
             old = page.read_text()
-            new = BLOCK.sub(lambda match: block(match, folder), old)
+            new = TIMES.sub(times, BLOCK.sub(lambda match: block(match, folder), old))
             if args.check and new != old:
                 sys.exit(f"{page} is not what the results say: run python benchmarks/papers.py")
             page.write_text(new)

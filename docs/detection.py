@@ -54,8 +54,8 @@ from hf_ssl_or.evaluation.detection import (
 
 FAMILIES = {"ssl_resnet": SSLResNetBackbone, "ssl_vit": SSLViTBackbone}
 
-# Settings that depend on the head. Of several image sizes (shorter side) each training batch's images take one each at
-# random, tests take the last. c4: MoCo's for VOC07+12, apart from batch and learning rate, which were 16 and 0.02.
+# Settings that depend on the head. Of several image sizes (shorter side) a training image takes one at random, a test
+# image the last. c4: MoCo's for VOC07+12, apart from batch and learning rate, which were 16 and 0.02.
 PYRAMID = {
     "epochs": 10,
     "batch_size": 8,

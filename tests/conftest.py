@@ -51,6 +51,7 @@ SLOW = [
     "evaluator",
     "stream",
     "sweep",
+    "forms",
     "any_module",
     "encoder_loading",
     "trainer",

@@ -59,6 +59,8 @@ def penalty_of(run: RunRecord) -> str | None:
     if settings["penalty"] == "none":
         return None
     words, weight = PENALTIES[settings["penalty"]], settings["weight"]
+    if settings.get("strength") is not None:
+        return f"{words} towards {settings['target']}, strength {settings['strength']:g}"
     if weight == "auto":
         named = SimpleNamespace(config=SimpleNamespace(architecture=run.recipe["encoder"]["name"]))
         try:

@@ -138,6 +138,7 @@ def create_encoder(
         model.check_image_size()
     if checkpoint is not None:
         _load(model, checkpoint)
+        model.config.name_or_path = checkpoint.source  # as from_pretrained notes it
     return model
 
 

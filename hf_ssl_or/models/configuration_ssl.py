@@ -25,14 +25,22 @@ from transformers.backbone_utils import BackboneConfigMixin
 class OrthogonalityConfig:
     """How the weights of an encoder are kept near orthogonal (He, Du, Ma, NeurIPS 2024; Bansal et al., NeurIPS 2018).
 
+    G is the smaller Gram of a weight matrix, and c the mean of its eigenvalues.
+
     Attributes:
         penalty: Soft orthogonality "so", its spectral norm "srip", double-sided "dso", "mutual_coherence", or "none".
         weight: Factor of the summed penalty in the loss; "auto" takes the paper's value for the encoder.
+        strength: Instead of a weight: the penalty moves the weights in a step of its own after the optimizer's, so
+            that over the run a small deviation which nothing else feeds shrinks by exp(-strength) (SO and SRIP only).
+        target: Where G is drawn to: the "identity"; c times the identity, whatever c, with "scaled"; eigenvalues of
+            G / c inside of `band` with "relaxed" (SO only); what G is when the run starts, with "start" (SO only).
+        band: Lowest and highest eigenvalue of G / c that "relaxed" leaves alone; None takes [0.5, 1.5].
         normalize: Divide each matrix's penalty by its size, so that one weight suits small and large encoders.
         power_iterations: Power iterations per evaluation of the spectral norm (SRIP only).
         fresh_start: Start each power iteration at a random vector instead of the last step's (SRIP only); with two
             iterations, the paper's estimate.
         schedule: How the weight changes during the run: "constant", the "step" decay of Bansal et al., or "cosine".
+            A strength keeps its sum, and is spread over the run by this and by the learning rate.
         every: The penalty acts at every so many steps.
         include: Glob patterns of the parameter names to take; empty for all convolution and linear weights.
         exclude: Glob patterns of the parameter names to leave out.
@@ -45,6 +53,9 @@ class OrthogonalityConfig:
 
     penalty: Literal["none", "so", "srip", "dso", "mutual_coherence"] = "so"
     weight: float | int | Literal["auto"] = "auto"
+    strength: float | int | None = None
+    target: Literal["identity", "scaled", "relaxed", "start"] = "identity"
+    band: list[float | int] | None = None
     normalize: bool = False
     power_iterations: int = 1
     fresh_start: bool = False
@@ -61,6 +72,29 @@ class OrthogonalityConfig:
         for name, least in (("power_iterations", 1), ("every", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: at least {least}, not {getattr(self, name)}")
+        if self.strength is not None and not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength: a finite number of at least 0, not {self.strength}")
+        if self.strength is not None and self.weight != "auto":
+            raise ValueError("weight and strength: give one; a strength goes without a weight (or with weight: auto)")
+        if self.band is not None and not (len(self.band) == 2 and 0 <= self.band[0] < 1 < self.band[1] < float("inf")):
+            raise ValueError(f"band: [low, high] with 0 <= low < 1 < high, not {self.band}")
+        if self.penalty != "none":
+            self._check_form()
+
+    def _check_form(self) -> None:
+        """Refuses what has no meaning together."""
+        if self.target in ("relaxed", "start") and self.penalty != "so":
+            raise ValueError(f"target: {self.target} is a form of penalty: so, not of {self.penalty}")
+        if self.band is not None and self.target != "relaxed":
+            raise ValueError(f"band: goes with target: relaxed, not with {self.target}")
+        if self.strength is None:
+            return
+        if self.penalty not in ("so", "srip"):
+            raise ValueError(f"strength: goes with penalty: so or srip, not with {self.penalty}")
+        if self.normalize:
+            raise ValueError("strength: means the same for matrices of every size; leave normalize false")
+        if self.fresh_start:
+            raise ValueError("strength: srip moves along the vector of the steps before; leave fresh_start false")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON or YAML."""

@@ -4,6 +4,10 @@ A weight is the matrix W of shape (out, in * kh * kw), and every penalty looks a
 the two Grams: G = W W^T if out <= in * kh * kw, else W^T W. Turned on its side where needed, W is a wide matrix A
 (R <= C) with G = A A^T, so each formula is written once. For complex weights ^T is the conjugate transpose.
 
+Every penalty also has a scale-free form, its value at W / sqrt(c) with c = tr(G) / R, the mean squared singular value:
+what is left to regularize is the ratio of singular values. `unit_scale` makes that matrix, and `without_scale` takes
+out of a gradient what would only change c.
+
 Shape letters: L matrices of one shape, O outputs, I inputs (in * kh * kw), R rows and C columns of A.
 
 Sources: Bansal, Chen, Wang, "Can we gain more from orthogonality regularizations in training deep CNNs?", NeurIPS 2018
@@ -80,6 +84,22 @@ def srip_power(w_OI: Tensor, v_R: Tensor, iterations: int = 2) -> Tensor:
     return _deviate(a_RC, u_R).norm(dim=-1)
 
 
+def relaxed(w_OI: Tensor, low: float, high: float) -> Tensor:
+    """A penalty of the eigenvalues g of G outside of a band: the sum of h^2 y^3 / (1 + y)^2 with y = ((g - b) / h)^2.
+
+    Where b is the middle of the band and h half its width. Far outside this is (g - b)^2, as `so` is with b = 1; at an
+    edge it pulls half as much as that, in the inner half of the band about a tenth and less. A relu at the edges would
+    need eigenvalues; this needs one inverse, of 1 + y, which is well conditioned.
+    """
+    _, y_RR, k_RR = _gate_parts(deviation(w_OI), low, high)
+    return _relaxed_values(y_RR, k_RR, low, high)
+
+
+def so_from(w_OI: Tensor, start_RR: Tensor) -> Tensor:
+    """||G - G_0||_F^2, G_0 being the smaller Gram of other weights of this shape."""
+    return _squares(gram(w_OI) - start_RR).sum((-2, -1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same with gradients in closed form, no graph, no host synchronization: (L, O, I) -> (L,) and (L, O, I)
 
@@ -143,6 +163,48 @@ def srip_power_and_grad(w_LOI: Tensor, v_LR: Tensor, iterations: int = 2) -> tup
     u_LRP, g_LRP = torch.stack(inputs, -1), torch.stack(outputs[::-1], -1)
     left_LRQ, right_LRQ = torch.cat([g_LRP, u_LRP], -1), torch.cat([u_LRP, g_LRP], -1)
     return value_L1[:, 0], _low_rank(left_LRQ, a_LRC.mH @ right_LRQ, w_LOI)
+
+
+@torch.no_grad()
+def relaxed_and_grad(w_LOI: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """`relaxed` and its gradient 4 (G - b) y^2 (3 + y) / (1 + y)^3 A, `so`'s with another center and a smooth gate."""
+    from_center_LRR, y_LRR, k_LRR = _gate_parts(deviation(w_LOI), low, high)
+    inside_LRR = _identity_minus(k_LRR)
+    gate_LRR = inside_LRR @ inside_LRR @ (3 * k_LRR + inside_LRR)  # 3 K + y K = (3 + y) / (1 + y)
+    return _relaxed_values(y_LRR, k_LRR, low, high), _multiply_gram(4 * from_center_LRR @ gate_LRR, w_LOI)
+
+
+@torch.no_grad()
+def so_from_and_grad(w_LOI: Tensor, start_LRR: Tensor) -> tuple[Tensor, Tensor]:
+    """`so_from` and its gradient 4 (G - G_0) A."""
+    m_LRR = gram(w_LOI) - start_LRR
+    return _squares(m_LRR).sum((-2, -1)), _multiply_gram(4 * m_LRR, w_LOI)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Free of scale
+
+
+def unit_scale(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns W / sqrt(c), whose squared singular values have the mean 1, and sqrt(c) of shape (..., 1, 1)."""
+    squares_11 = _squares(w_OI).sum((-2, -1), keepdim=True)
+    root_11 = _positive(squares_11 / min(w_OI.shape[-2:])).sqrt()
+    return w_OI / root_11, root_11
+
+
+@torch.no_grad()
+def without_scale(grad_LOI: Tensor, unit_LOI: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the part along W out of a gradient.
+
+    Args:
+        grad_LOI: Gradients at `unit_LOI`.
+        unit_LOI: Matrices from `unit_scale`.
+
+    Returns:
+        What is left, orthogonal to W, and the multiples of W (L,) that were taken out.
+    """
+    along_L = torch.linalg.vecdot(unit_LOI.flatten(1), grad_LOI.flatten(1)).real / min(unit_LOI.shape[1:])
+    return grad_LOI - along_L[:, None, None] * unit_LOI, along_L
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,12 +279,42 @@ def ritz_vectors(w_LOI: Tensor, v_LR: Tensor) -> Tensor:
 # The smaller Gram
 
 
+def gram(w_OI: Tensor) -> Tensor:
+    """The smaller Gram G of W, shape (..., R, R)."""
+    a_RC = _wide(w_OI)
+    return a_RC @ a_RC.mH
+
+
 def deviation(w_OI: Tensor) -> Tensor:
     """G - I, shape (..., R, R), where G is the smaller Gram of W."""
-    a_RC = _wide(w_OI)
-    m_RR = a_RC @ a_RC.mH
+    m_RR = gram(w_OI)
     m_RR.diagonal(dim1=-2, dim2=-1).sub_(1)
     return m_RR
+
+
+def _gate_parts(m_RR: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """G - b, y = ((G - b) / h)^2 and (1 + y)^-1 from G - I; b is the middle of the band and h half its width."""
+    identity_RR = torch.eye(m_RR.shape[-1], dtype=m_RR.dtype, device=m_RR.device)
+    from_center_RR = m_RR - ((low + high) / 2 - 1) * identity_RR
+    y_RR = from_center_RR @ from_center_RR * (2 / (high - low)) ** 2
+    factor_RR, _ = torch.linalg.cholesky_ex(y_RR + identity_RR)  # unlike an inverse, without waiting for the device
+    inverse_RR = torch.linalg.solve_triangular(factor_RR, identity_RR.expand_as(y_RR), upper=False)
+    return from_center_RR, y_RR, inverse_RR.mH @ inverse_RR
+
+
+def _relaxed_values(y_RR: Tensor, k_RR: Tensor, low: float, high: float) -> Tensor:
+    """h^2 tr((1 - K)^2 y) with K = (1 + y)^-1, so that 1 - K = y / (1 + y)."""
+    inside_RR = _identity_minus(k_RR)
+    return ((high - low) / 2) ** 2 * (inside_RR @ inside_RR * y_RR.mT).real.sum((-2, -1))
+
+
+def _identity_minus(k_RR: Tensor) -> Tensor:
+    return torch.eye(k_RR.shape[-1], dtype=k_RR.dtype, device=k_RR.device) - k_RR
+
+
+def _multiply_gram(m_LRR: Tensor, w_LOI: Tensor) -> Tensor:
+    """M A, turned as W is; M is Hermitian."""
+    return m_LRR @ w_LOI if _is_wide(w_LOI) else w_LOI @ m_LRR
 
 
 def _is_wide(w_OI: Tensor) -> bool:

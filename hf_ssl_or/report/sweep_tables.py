@@ -111,10 +111,11 @@ def environments_table(results: SweepResults) -> Table | None:
 def markdown(results: SweepResults) -> str:
     """Returns the tables of values, differences and times as Markdown."""
     tables = [values_table(results), differences_table(results), time_table(results)]
-    return "\n".join(_markdown(table) for table in tables if table is not None)
+    return "\n".join(table_markdown(table) for table in tables if table is not None)
 
 
-def _markdown(table: Table) -> str:
+def table_markdown(table: Table) -> str:
+    """Returns a table as Markdown, under its caption."""
     lines: list[Sequence[str]] = [table.head, ["---", *["---:"] * (len(table.head) - 1)]]
     lines += [[cell.text for cell in row] for row in table.rows]
     rows = "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)

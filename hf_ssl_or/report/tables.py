@@ -146,6 +146,8 @@ def _encoder(run: RunRecord) -> str:
 
 def _penalty(run: RunRecord) -> str:
     penalty = run.setting("orthogonality.penalty", "none")
+    if penalty != "none" and (strength := run.setting("orthogonality.strength")) is not None:
+        return f"{penalty}, {run.setting('orthogonality.target')}, strength {strength}"
     return "none" if penalty == "none" else f"{penalty}, weight {run.setting('orthogonality.weight', NONE)}"
 
 

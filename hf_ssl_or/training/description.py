@@ -42,6 +42,8 @@ def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of a run that decides its weights: what only logs, saves, stores or evaluates is left out."""
     kept = {section: dict(recipe[section]) for section in _IDENTITY}
     kept["data"]["original_resolution"] = recipe["data"]["cache"] == "none"  # views are cut from larger images then
+    if kept["orthogonality"].get("target") == "identity":  # the only one of version 0.1, whose runs do not name it
+        kept["orthogonality"].pop("target")
     for section, keys in _NO_INFLUENCE.items():
         for key in keys:
             kept[section].pop(key)

@@ -1,8 +1,9 @@
 """The trainer. It knows no method by name: a method turns a batch into a loss, the loop does the rest.
 
 A step is: views in, `method(batch)`, backward (DDP averages the gradients), the penalty's analytic gradient, clipping,
-the optimizer, `method.on_step_end`. Nothing in it waits for the device. Every random choice is a function of
-(seed, step, purpose), so a run resumed from a checkpoint repeats the uninterrupted run. All else is a callback's.
+the optimizer, the penalty's own step, `method.on_step_end`. Nothing in it waits for the device. Every random choice is
+a function of (seed, step, purpose), so a run resumed from a checkpoint repeats the uninterrupted run. All else is a
+callback's.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from hf_ssl_or.hub.push import check_destination, push_to_hub
 from hf_ssl_or.methods.base import SSLMethod
 from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
 from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
+from hf_ssl_or.orthogonality.strength import rate_of
 from hf_ssl_or.randomness import hashed_seed
 from hf_ssl_or.runs.results import Results
 from hf_ssl_or.structures import MultiViewBatch, SSLOutput, ViewSpec
@@ -236,6 +238,8 @@ class SSLTrainer:
         if self.size_schedule is not None:
             self.loader.follow(self.size_schedule, self.total_steps)
         self.warmup_steps = round(args.optimizer.warmup_epochs * self.loader.steps_per_epoch)
+        if self.regularizer.decoupled:
+            self.regularizer.follow(self._rate if self.scheduler is None else rate_of(self.scheduler))
         self.store = CheckpointStore(self.run_dir, keep_last=args.keep_last)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.meter, self.clock = Meter(), Clock(self.loader, args.batch_size)
@@ -420,7 +424,7 @@ class SSLTrainer:
         args, step = self.args, batch.step
         torch.manual_seed(hashed_seed(args.seed, "step", step, self.accelerator.process_index))
         if self.scheduler is None:
-            set_learning_rate(self.optimizer, learning_rate(step, self.total_steps, self.warmup_steps, args.optimizer))
+            set_learning_rate(self.optimizer, self._rate(step))
         if args.optimizer.weight_decay_end is not None:
             set_weight_decay(self.optimizer, weight_decay(step, self.total_steps, args.optimizer))
         output = self.wrapped_model(batch)
@@ -429,11 +433,12 @@ class SSLTrainer:
             self.accelerator.unscale_gradients()  # the penalty's gradient is not scaled
         self.regularizer.set_progress(step, self.total_steps)
         penalty = self.regularizer.add_gradients()
-        values = {"loss": output.loss, **output.terms, "penalty": penalty}
+        values = {"loss": output.loss, **output.terms}
         if args.max_grad_norm is not None:
             values["grad_norm"] = clip_gradients(self.parameters, args.max_grad_norm)
         self.callbacks.call("on_pre_optimizer_step")
         self.wrapped_optimizer.step()
+        values["penalty"] = penalty = penalty + self.regularizer.step()  # one of them is 0
         if self.scheduler is not None:
             self.scheduler.step()
         self.callbacks.call("on_optimizer_step")
@@ -442,6 +447,10 @@ class SSLTrainer:
         self.all_finite = self.all_finite & torch.isfinite(output.loss.detach()) & torch.isfinite(penalty)
         self.meter.add({name: value.detach() for name, value in values.items()})
         return output
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak, by the settings."""
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.args.optimizer)
 
     def _update_encoder(self) -> None:
         """Brings a sharded run's weights to the full encoder, and that to the device."""

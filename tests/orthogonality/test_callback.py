@@ -99,6 +99,49 @@ def test_another_encoder_can_be_given(tmp_path):
     assert penalty.regularizer.names == ["weight"]
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "cosine_with_min_lr", "constant"])
+def test_a_strength_is_spread_as_trainers_learning_rate(scheduler, tmp_path):
+    settings = {"learning_rate": 0.0, "optim": "sgd", "max_grad_norm": 1e-12, "warmup_steps": 3}
+    settings |= {"lr_scheduler_type": scheduler, "gradient_accumulation_steps": 2}
+    settings |= {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}} if scheduler == "cosine_with_min_lr" else {}
+    penalty = OrthogonalityCallback(OrthogonalityConfig(target="scaled", strength=1.0))
+    model = vit()
+    trainer = train(model, tmp_path, penalty, max_steps=10, logging_steps=1, **settings)
+    wanted = vit()
+    reg = OrthogonalityRegularizer(wanted.base_model, penalty.config)
+    reg.follow(trainer.lr_scheduler.lr_lambdas[0])
+    values = []
+    for step in range(10):
+        reg.set_progress(step, 10)
+        values.append(reg.step().item())
+    for (name, got), old in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(got, old), name
+    logged = [entry["orthogonality"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == values
+    assert 0 < logged[-1] < logged[1]
+
+
+def test_the_start_is_that_of_the_model_handed_over(tmp_path):
+    vit().save_pretrained(tmp_path / "model")
+    config = OrthogonalityConfig(target="start", strength=1.0)
+    callbacks = [OrthogonalityCallback(config) for _ in range(2)]
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "learning_rate": 1e-2}
+    model = ViTForImageClassification.from_pretrained(tmp_path / "model")
+    train(model, tmp_path, callbacks[0], **settings)
+    again = ViTForImageClassification.from_pretrained(tmp_path / "model")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=6, optim="sgd")
+    trainer = Trainer(again, args, train_dataset=images(), callbacks=[callbacks[1]])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    states = [each.regularizer.state_dict() for each in callbacks]
+    assert states[0].keys() == states[1].keys() and states[0]
+    assert all(torch.equal(states[1][name], g) for name, g in states[0].items())
+    assert callbacks[1].regularizer.penalty() > 0
+    late = Trainer(again, args, train_dataset=images())
+    late.add_callback(OrthogonalityCallback(config))
+    with pytest.raises(InputError, match="target start is for Trainer"):
+        late.train()
+
+
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()

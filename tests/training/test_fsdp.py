@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "byol-vit-srip": {"encoder": VIT, "penalty": "srip", "optimizer": ADAMW, "forward_chunks": 3},
     "dino-resnet-srip": {"encoder": RESNET, "penalty": "srip", "optimizer": SGD},
     "mae-vit-so": {"encoder": VIT, "penalty": "so", "optimizer": SGD},
+    "byol-resnet-scaled": {"encoder": RESNET, "penalty": "so", "optimizer": SGD},
 }
 RUNS = [*((case, "float64") for case in CASES), ("byol-resnet-so", "float32"), ("byol-vit-srip", "float32")]
 
@@ -47,7 +48,8 @@ def build(case: str, fsdp: bool, dtype: torch.dtype, folder: Path, **training: A
     settings = CASES[case] | training
     tree = recipe_of(case.split("-")[0], 1, "global", 0.001)
     tree["encoder"] = settings.pop("encoder")
-    tree["orthogonality"] = {"penalty": settings.pop("penalty"), "weight": 1e-3}
+    form = {"target": "scaled", "strength": 1.0} if case.endswith("scaled") else {"weight": 1e-3}
+    tree["orthogonality"] = {"penalty": settings.pop("penalty"), **form}
     tree["training"] |= {**settings, "fsdp": fsdp, "monitor_images": 16}
     recipe = recipe_from_dict(tree)
     images = load_images(recipe.data, "train")

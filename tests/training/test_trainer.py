@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,11 +14,14 @@ from transformers import TrainerCallback
 from hf_ssl_or.callbacks.metrics_log import flatten
 from hf_ssl_or.data.loading import load_images
 from hf_ssl_or.errors import InputError, NonFiniteLossError
+from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
+from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
 from hf_ssl_or.recipe import recipe_from_dict
 from hf_ssl_or.run import build_trainer
 from hf_ssl_or.runs.reader import read_metrics
 from hf_ssl_or.training.checkpoint import CheckpointStore
-from hf_ssl_or.training.description import first_difference
+from hf_ssl_or.training.description import first_difference, identity
+from hf_ssl_or.training.optim import learning_rate
 from hf_ssl_or.training.trainer import SSLTrainer
 
 
@@ -126,12 +131,64 @@ def test_the_penalty_acts_on_the_encoder_alone_and_its_share_does_not_depend_on_
     for name, recipe in (("strong", strong), ("none", plain)):
         trainer = make(tmp_path / name, recipe)
         trainer.train()
-        from hf_ssl_or.models.configuration_ssl import OrthogonalityConfig
-        from hf_ssl_or.orthogonality.regularizer import OrthogonalityRegularizer
-
         reg = OrthogonalityRegularizer(trainer.encoder, OrthogonalityConfig(penalty="so", weight=1))
         errors[name] = sum(reg.errors().values())
     assert errors["strong"] < 0.95 * errors["none"]
+
+
+STRENGTH = {"penalty": "so", "target": "scaled", "strength": 1.0}
+
+
+def test_the_step_of_a_strength_follows_the_learning_rate_and_ignores_skipped_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = tree(optimizer={"name": "sgd", "lr": 0.05, "warmup_epochs": 1})
+    recipe["orthogonality"] = STRENGTH
+    trainer = make(tmp_path, recipe)
+    wanted = copy.deepcopy(trainer.encoder)
+    monkeypatch.setattr(trainer.wrapped_optimizer, "step", lambda: None)  # as a loss scaler that overflows does
+    trainer.train()
+    reg = OrthogonalityRegularizer(wanted, OrthogonalityConfig(**STRENGTH))
+    for step in range(6):
+        rate = learning_rate(step, 6, 3, trainer.args.optimizer)
+        total = sum(learning_rate(other, 6, 3, trainer.args.optimizer) for other in range(6))
+        reg.set_progress(step, 6)
+        reg.follow(lambda other, step=step, rate=rate, total=total: rate if other == step else (total - rate) / 5)
+        reg.step()
+    for (name, got), p in zip(trainer.encoder.named_parameters(), wanted.named_parameters(), strict=True):
+        torch.testing.assert_close(got, p[1], rtol=1e-5, atol=1e-6, msg=name)
+    lines = [line["penalty"] for line in read_metrics(tmp_path / "metrics.jsonl").lines if line["kind"] == "train"]
+    assert len(lines) == 6 and 0 < lines[-1] < lines[0]
+
+
+@pytest.mark.parametrize("penalty", ["so", "srip"])
+def test_a_run_with_a_strength_resumes_bitwise(tmp_path: Path, penalty: str):
+    recipe = tree(monitor_every=0, save_steps=3)
+    recipe["orthogonality"] = {**STRENGTH, "penalty": penalty}
+    ends = []
+    for folder in ("whole", "resumed"):
+        trainer = make(tmp_path / folder, recipe)
+        trainer.train()
+        if folder == "resumed":
+            shutil.rmtree(tmp_path / folder / "checkpoints" / "step-6")
+            trainer = make(tmp_path / folder, recipe)
+            assert trainer.train(resume_from_checkpoint=True).global_step == 6
+        ends.append(trainer.method.state_dict() | trainer.regularizer.state_dict())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_checkpoints_of_runs_that_knew_no_target_resume(tmp_path: Path):
+    make(tmp_path, tree(monitor_every=0, save_steps=3)).train()
+    _, state = CheckpointStore(tmp_path).load(tmp_path / "checkpoints" / "step-3")
+    for key in ("strength", "target", "band"):
+        state["recipe"]["orthogonality"].pop(key, None)
+    trainer = make(tmp_path / "other", tree(monitor_every=0, save_steps=3))
+    assert first_difference(state["recipe"], identity(trainer.recipe)) is None
+    scaled = tree(monitor_every=0, save_steps=3)
+    scaled["orthogonality"] |= {"target": "scaled"}
+    found = first_difference(state["recipe"], identity(make(tmp_path / "scaled", scaled).recipe))
+    assert found == "orthogonality.target was None, is 'scaled'"
 
 
 def test_trackers_get_the_numbers(tmp_path: Path):
