@@ -72,7 +72,7 @@ def test_the_forward_takes_the_target_and_the_heads_of_the_paper(tiny_encoder, t
     torch.testing.assert_close(output.terms["cosine"], -output.loss.detach())
 
 
-@pytest.mark.parametrize("settings", [{"predictor_hidden": 0}, {"target": "median"}, {"projector_layers": 0}])
+@pytest.mark.parametrize("settings", [{"predictor_hidden": 0}, {"target": "median"}, {"projector_layers": -1}])
 def test_a_wrong_setting_is_refused_by_name(settings):
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
         SimSiamConfig(**settings)
