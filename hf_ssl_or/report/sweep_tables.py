@@ -61,7 +61,8 @@ def time_table(results: SweepResults) -> Table | None:
     against, threshold = results.timed_against, results.threshold
     rows = []
     for arm in results.arms:
-        seeds, minutes = len(arm.points(results.time_to.metric)), results.minutes_to(arm)
+        seeds = len(arm.points(results.time_to.metric).keys() & results.thresholds.keys())
+        minutes = results.minutes_to(arm)
         cell = Cell(NONE)
         if seeds and threshold is not None:
             metric = summarize(list(minutes.values())) if minutes else None
@@ -78,14 +79,13 @@ def time_table(results: SweepResults) -> Table | None:
 
 
 def threshold_name(results: SweepResults) -> str:
-    """Returns what arms are timed to in words, "kNN top-1 of 41.50 % (the last of lightly)"."""
+    """Returns what arms are timed to in words, "the last kNN top-1 of lightly with the same seed, mean 41.50 %"."""
     assert results.time_to is not None
     label, arm, threshold = metric_label(results.time_to.metric), results.time_to.arm, results.threshold
-    last = "" if arm is None else f"the last of {printable(arm)}"
-    if threshold is None:
-        return f"{label.name}, {last}"
-    value = f"{threshold:.2f}{f' {label.unit}' if label.unit else ''}"
-    return f"{label.name} of {value}" + (f" ({last})" if last else "")
+    value = "" if threshold is None else f"{threshold:.2f}{f' {label.unit}' if label.unit else ''}"
+    if arm is None:
+        return f"{label.name} of {value}"
+    return f"the last {label.name} of {printable(arm)} with the same seed" + (f", mean {value}" if value else "")
 
 
 def changes_table(results: SweepResults) -> Table:

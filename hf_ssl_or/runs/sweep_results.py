@@ -127,19 +127,26 @@ class SweepResults(Record):
         return None if other is None else paired_difference(arm.values(column), other.values(column))
 
     @property
-    def threshold(self) -> float | None:
-        """The value that arms are timed to; None without, and while no run of the arm that gives it has looked."""
-        if self.time_to is None or self.time_to.arm is None:
-            return None if self.time_to is None else self.time_to.value
+    def thresholds(self) -> dict[int, float]:
+        """The values that runs are timed to by seed: where the arm that gives them ends with the same seed."""
+        if self.time_to is None:
+            return {}
+        if self.time_to.value is not None:
+            return {run.seed: self.time_to.value for arm in self.arms for run in arm.runs}
         arm = next((one for one in self.arms if one.name == self.time_to.arm), None)
-        last = [] if arm is None else [looks[-1][1] for looks in arm.points(self.time_to.metric).values()]
-        return statistics.fmean(last) if last else None
+        return {} if arm is None else {seed: looks[-1][1] for seed, looks in arm.points(self.time_to.metric).items()}
+
+    @property
+    def threshold(self) -> float | None:
+        """The mean of `thresholds`; None without, and while no run of the arm that gives them has looked."""
+        return statistics.fmean(self.thresholds.values()) if self.thresholds else None
 
     def minutes_to(self, arm: ArmValues) -> dict[int, float]:
-        """Returns the minutes of training until the threshold by seed, of the seeds that reach it."""
-        if self.time_to is None or (threshold := self.threshold) is None:
+        """Returns the minutes of training until the threshold of the seed, of the seeds that reach it."""
+        if self.time_to is None:
             return {}
-        found = {run.seed: first_minutes(run.curve, self.time_to.metric, threshold) for run in arm.runs}
+        curves, metric = {run.seed: run.curve for run in arm.runs}, self.time_to.metric
+        found = {seed: first_minutes(curves.get(seed, []), metric, value) for seed, value in self.thresholds.items()}
         return {seed: minutes for seed, minutes in found.items() if minutes is not None}
 
     @property

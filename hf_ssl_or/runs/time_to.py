@@ -18,7 +18,7 @@ class TimeTo(Record):
 
     Attributes:
         metric: A measure of the monitor's looks.
-        arm: Name of the arm whose last value, as the mean over its seeds, is to be reached; None for `value`.
+        arm: Name of the arm whose last value is to be reached, seed by seed; None for `value`.
         value: The value to be reached; None for that of `arm`.
     """
 

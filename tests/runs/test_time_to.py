@@ -34,13 +34,17 @@ def test_the_first_look_counts_and_so_does_the_first_time():
     assert first_minutes([], "knn", 0.0) is None and first_minutes(curve, "nesum", 0.0) is None
 
 
-def test_the_threshold_is_the_mean_of_the_last_looks():
+def test_the_threshold_is_the_last_look_of_the_same_seed():
     found = results(TimeTo(metric="knn", arm="slow"), fast=[line(0, 20.0)], slow=[line(0, 9.0), line(1, 11.0)])
     assert found.threshold == pytest.approx(40.0) and found.timed_against.name == "slow"
     fast, slow = found.arms
-    assert found.minutes_to(fast) == {0: pytest.approx(2.0)}
-    assert found.minutes_to(slow) == {1: pytest.approx(40 / 11)}  # seed 0 ends below its arm's mean
-    assert found.times_sooner(fast) is None  # no seed of both gets there
+    assert found.thresholds == {0: pytest.approx(36.0), 1: pytest.approx(44.0)}
+    assert found.minutes_to(fast) == {0: pytest.approx(1.8)}
+    assert found.minutes_to(slow) == {0: pytest.approx(4.0), 1: pytest.approx(4.0)}  # at its end, by its nature
+    sooner = found.times_sooner(fast)
+    assert sooner is not None and math.exp(sooner.mean) == pytest.approx(20 / 9)
+    never = results(TimeTo(metric="knn", arm="slow"), fast=[line(0, 2.0)], slow=[line(0, 9.0)])
+    assert never.minutes_to(never.arms[0]) == {} and never.times_sooner(never.arms[0]) is None
     assert results(TimeTo(metric="knn", arm="slow"), slow=[RunValues(seed=0)]).threshold is None
 
 
