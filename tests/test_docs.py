@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,12 @@ def test_files_that_the_readme_names_exist():
 
 def test_readme_has_no_gap():
     assert not re.search(r"@[A-Z]+@|TODO|FIXME", (REPOSITORY / "README.md").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["tables", "papers"])
+def test_tables_and_figures_are_what_the_committed_results_say(script: str):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "benchmarks" / f"{script}.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
