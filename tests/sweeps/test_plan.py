@@ -50,6 +50,8 @@ def test_a_recipe_beside_the_file_and_the_shipped_sweep(tmp_path: Path):
     (tmp_path / "own.yaml").write_text("recipe: base.yaml\ngrid: {views.count: [2, 3]}\n")
     (tmp_path / "base.yaml").write_text("data: {dataset: shapes}\n")
     assert len(read_plan(tmp_path / "own.yaml").arms) == 2
+    for shipped in (REPOSITORY / "recipes" / "sweeps").glob("*.yaml"):
+        assert len(read_plan(shipped).arms) > 2
     plan = read_plan(REPOSITORY / "recipes" / "sweeps" / "quick.yaml")
     assert [arm.name for arm in plan.arms] == ["none", "so", "srip"] and plan.select == "rankme"
 
