@@ -55,7 +55,7 @@ def add(root: Path, machine: str, *, untimed: bool) -> None:
             run.curve.clear()
     path = kept(machine, results.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    about = {"cpu": cpu_name(), "cores": os.cpu_count()}
     tree = results.to_dict() | {"machine": about, "date": time.strftime("%Y-%m-%d")}
     path.write_text(json.dumps(tree, indent=1) + "\n")
     print(f"kept as {path}")
