@@ -98,7 +98,7 @@ def plot_axis(results: SweepResults, columns: Sequence[str], axis: str, folder: 
     side_by_side = min(len(columns), 2)
     top = 0.35 + legend_height(labels, side_by_side * 3.6)
     figure, all_axes = panels(len(columns), columns=2, width=3.6, top=top)
-    log = is_wide([float(value) for value in results.grid[axis]]) or _doubles(results.grid[axis])
+    log = is_wide([float(value) for value in results.grid[axis]]) or _multiplies(results.grid[axis])
     told = []
     for axes, column in zip(all_axes, columns, strict=True):
         for i, (name, arms) in enumerate(lines.items()):
@@ -225,12 +225,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _doubles(values: Sequence[float]) -> bool:
-    """Says whether each value is the one before times the same factor, as 64, 128, 256."""
+def _multiplies(values: Sequence[float]) -> bool:
+    """Says whether each value is half as much again as the one before, or more, as 64, 128, 512."""
     if len(values) < 3 or min(values) <= 0:
         return False
-    factors = [after / before for before, after in zip(values, values[1:], strict=False)]
-    return max(factors) - min(factors) < 1e-6 * max(factors)
+    ordered = sorted(values)
+    return all(after >= 1.5 * before for before, after in zip(ordered, ordered[1:], strict=False))
 
 
 def _alt(title: str, told: Sequence[tuple[str, str, Metric | None]]) -> str:
