@@ -183,18 +183,16 @@ def train(detector: FasterRCNN, rows: Sequence[dict], options: argparse.Namespac
 
 
 @torch.no_grad()
-def evaluate(detector: FasterRCNN, rows: Sequence[dict], device: torch.device) -> dict[str, float]:
-    """Returns the average precision (IoU 0.50 to 0.95, at 0.50 and at 0.75), in percent."""
+def evaluate(detector: FasterRCNN, rows: Sequence[dict], device: torch.device) -> dict[str, float | None]:
+    """Returns the average precision (IoU 0.50 to 0.95, at 0.50 and at 0.75), in percent; None without objects."""
     metric = MeanAveragePrecision()
     detector.eval()
     for i in range(len(rows)):
         image, target = read(rows[i], device)
         metric.update(detector([image]), [target])
-    found = metric.compute()
-    return {
-        name: round(100 * float(found[key]), 2)
-        for name, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
-    }
+    found = metric.compute()  # -1 where no object counts
+    values = {"AP": float(found["map"]), "AP50": float(found["map_50"]), "AP75": float(found["map_75"])}
+    return {name: None if value < 0 else round(100 * value, 2) for name, value in values.items()}
 
 
 def positive(text: str) -> int:
@@ -221,6 +219,8 @@ def parse_options() -> argparse.Namespace:
     for name in ("epochs", "steps", "batch-size", "smallest-anchor", "width"):
         parser.add_argument(f"--{name}", type=positive)
     options = parser.parse_args()
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise InputError(f"--json {options.json}: its folder does not exist, create it first")
     own = HEADS[options.head]
     for name in {name for head in HEADS.values() for name in head}:
         given = getattr(options, name)
@@ -240,9 +240,9 @@ def main() -> None:
     train(detector, rows, options, device)
     settings = {name: value for name, value in vars(options).items() if value is not None}
     result = json.dumps({**evaluate(detector, test, device), **settings}, default=str)
+    print(result)
     if options.json:
         options.json.write_text(result + "\n")
-    print(result)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hf_ssl_or.data.shapes import SHAPES, ShapesSource
 from hf_ssl_or.models.auto import create_encoder
 from hf_ssl_or.models.image_conversion import Preprocessing
 from hf_ssl_or.models.image_processing_ssl import build_image_processor
-from tests.voc import write_voc
+from tests.voc import SQUARE, write_annotation, write_voc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 KINDS = ["crescent", "disk", "triangle"]
@@ -92,11 +92,11 @@ def test_detection_on_real_images(real_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_c4_detection_on_voc(tmp_path: Path) -> None:
-    """Two steps with the published proposals; then what is refused, in one line each."""
+    """Two steps with the published proposals; a test without objects that count; what is refused, in one line each."""
     pytest.importorskip("torchmetrics")
     pytest.importorskip("pycocotools")
     encoder = save_encoder(tmp_path / "encoder", [8, 8, 16, 16], 0.5, 0.25)
-    write_voc(tmp_path, trainval=["000001", "000002", "000003"], test=["000004"])
+    voc = write_voc(tmp_path, trainval=["000001", "000002", "000003"], test=["000004"])
     options = [
         "--voc",
         tmp_path,
@@ -114,6 +114,10 @@ def test_c4_detection_on_voc(tmp_path: Path) -> None:
     assert 0 <= result["AP"] <= result["AP50"] <= 100 and 0 <= result["AP75"] <= result["AP50"]
     assert result == json.loads((tmp_path / "a.json").read_text())
     assert (result["steps"], result["learning_rate"], result["batch_size"], result["head"]) == (24_000, 0.01, 2, "c4")
+    write_annotation(voc / "Annotations" / "000004.xml", [("dog", 1, SQUARE[2])])  # difficult
+    result = run("detection.py", encoder, *options, "--batch-size", 2)
+    assert (result["AP"], result["AP50"], result["AP75"]) == (None, None, None)
+    assert "its folder does not exist" in refusal(encoder, "--voc", tmp_path, "--json", tmp_path / "none" / "a.json")
     vit = tmp_path / "vit"
     create_encoder("vit_tiny", image_size=32, patch_size=8, depth=1).save_pretrained(vit)
     assert "--head c4: takes a ResNet" in refusal(vit, *options, "--batch-size", 2)
