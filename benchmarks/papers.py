@@ -56,8 +56,9 @@ def add(root: Path, machine: str, *, untimed: bool) -> None:
     path = kept(machine, results.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"cpu": cpu_name(), "cores": os.cpu_count()}
-    tree = results.to_dict() | {"machine": about, "date": time.strftime("%Y-%m-%d")}
-    path.write_text(json.dumps(tree, indent=1) + "\n")
+    results.write(path)  # with each list of numbers on one line
+    head = f'{{\n  "machine": {json.dumps(about)},\n  "date": "{time.strftime("%Y-%m-%d")}",'
+    path.write_text(path.read_text().replace("{", head, 1))
     print(f"kept as {path}")
 
 
