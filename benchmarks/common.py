@@ -7,8 +7,9 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def about(args: argparse.Namespace, packages: Sequence[str] = ()) -> Row:
 
 
 def cpu_name() -> str:
+    """Returns what the machine calls its processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
@@ -157,3 +159,22 @@ def write(script: str, args: argparse.Namespace, *, packages: Sequence[str] = ()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about(args, packages), **results}, indent=1) + "\n")
     print(f"written to {path}")
+
+
+def rewrite(pages: Iterable[Path], written: Callable[[str], str], *, script: str, check: bool) -> None:
+    """Writes documents anew from the results, or with `check` only fails where one is not what they say.
+
+    Args:
+        pages: The documents.
+        written: Returns a document's new text from the old one.
+        script: Name of the script that writes them.
+        check: Changes nothing.
+    """
+    for page in pages:
+        old = page.read_text()
+        new = written(old)
+        if check and new != old:
+            sys.exit(f"{page} is not what the results say: run python benchmarks/{script}.py")
+        if new != old:
+            page.write_text(new)
+        print(f"{page} is what the results say")

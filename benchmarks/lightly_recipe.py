@@ -15,8 +15,8 @@ that of its CIFAR-10 benchmark: a learning rate of 0.06 per 128 images, momentum
 that moves once per epoch. Views are normalized with the recipe's mean and standard deviation, as evaluation is.
 
 After each epoch kNN is measured on the images that the monitor of a run takes, and at the end the protocols of the
-recipe are run, as after a run. Minutes are those of training, waiting for views included and looks left out, as in a
-run's log. On a CPU the same seed gives the same weights. Writes results.json into `--output`: the columns of a run,
+recipe are run, as after a run. Minutes are those of training, waiting for views included and evaluations left out, as
+in a run's log. On a CPU the same seed gives the same weights. Writes results.json into `--output`: the columns of a run,
 and its `curve`.
 """
 

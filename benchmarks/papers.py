@@ -16,14 +16,13 @@ import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import cpu_name
+from common import cpu_name, rewrite
 
 from hf_ssl_or.report import sweep_tables
 from hf_ssl_or.report.style import style
@@ -115,13 +114,12 @@ def main() -> None:
         add(root, args.machine, untimed=args.untimed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if args.check else FIGURES
-        for page in sorted(DOCS.glob("*.md")):
-            old = page.read_text()
-            new = TIMES.sub(times, BLOCK.sub(lambda match: block(match, folder), old))
-            if args.check and new != old:
-                sys.exit(f"{page} is not what the results say: run python benchmarks/papers.py")
-            page.write_text(new)
-            print(f"{page} is what the results say")
+        rewrite(
+            sorted(DOCS.glob("*.md")),
+            lambda page: TIMES.sub(times, BLOCK.sub(lambda match: block(match, folder), page)),
+            script="papers",
+            check=args.check,
+        )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from common import rewrite
 
 PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("speed.md", "scale.md", "images.md", "encoders.md")]
 RESULTS = Path(__file__).parent / "results"
@@ -187,13 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    for page in PAGES:
-        old = page.read_text()
-        new = BLOCK.sub(block, old)
-        if args.check and new != old:
-            sys.exit(f"{page} is not what the results say: run python benchmarks/tables.py")
-        page.write_text(new)
-        print(f"{page} is what the results say")
+    rewrite(PAGES, lambda page: BLOCK.sub(block, page), script="tables", check=args.check)
 
 
 if __name__ == "__main__":

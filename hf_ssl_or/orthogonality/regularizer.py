@@ -114,7 +114,7 @@ class OrthogonalityRegularizer:
         self._total_steps: int | None = None
         self._course = Course(config.schedule)
         self._bounded: dict[tuple[str, ...], Tensor] = {}  # by the sites of a group: in how many steps, by matrix
-        self._steps_taken = 0
+        self._step_count = 0
         if active:
             name = config.penalty + ("_fresh" if self._starts_fresh else "")
             self._penalty, self._penalty_and_grad = _FORMS.get(config.target, _FORMS[name])
@@ -216,7 +216,7 @@ class OrthogonalityRegularizer:
             return total
         size = self._step_size() * self.config.every
         if size and self._step % self.config.every == 0:
-            self._steps_taken += 1
+            self._step_count += 1
             with self._full_precision():
                 for sites, weights, w_LOI in self._groups():
                     values_L, update_LOI, bounded_L = self._decoupled_update(sites, w_LOI, size)
@@ -261,7 +261,7 @@ class OrthogonalityRegularizer:
         for names, count_L in self._bounded.items():
             counts = count_L.cpu().split([parts[name] for name in names])
             shares |= {
-                name: count_P.max().item() / self._steps_taken for name, count_P in zip(names, counts, strict=True)
+                name: count_P.max().item() / self._step_count for name, count_P in zip(names, counts, strict=True)
             }
         return shares
 

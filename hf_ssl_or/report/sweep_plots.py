@@ -185,14 +185,14 @@ def plot_time(results: SweepResults, folder: Path) -> Drawn | None:
     title = f"{label.name} over minutes"
     dotted = f"Dotted: {threshold_name(results)}."
     alt = printable(f"{title}. {'; '.join(told)}. {dotted}")
-    caption = f"Means over seeds, look by look, in a band of one standard deviation to either side. {dotted}"
+    caption = f"Means over seeds at each evaluation, in a band of one standard deviation to either side. {dotted}"
     return save(figure, folder, "time", title=title, alt=alt, caption=caption)
 
 
 def mean_curve(arm: ArmValues, metric: str) -> list[tuple[float, Metric]]:
-    """Returns (mean minutes, mean and standard deviation over seeds) look by look, as far as all seeds have looked."""
-    looks = zip(*arm.points(metric).values(), strict=False)
-    return [(statistics.fmean(x for x, _ in look), summarize([y for _, y in look])) for look in looks]
+    """Returns (mean minutes, mean and standard deviation over seeds) of each evaluation that all seeds have."""
+    evaluations = zip(*arm.points(metric).values(), strict=False)
+    return [(statistics.fmean(x for x, _ in points), summarize([y for _, y in points])) for points in evaluations]
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -70,9 +70,9 @@ def time_table(results: SweepResults) -> Table | None:
             cell = Cell(text + _share(len(minutes), seeds), None if metric is None else metric.mean)
         rows.append([Cell(printable(arm.name)), cell, _sooner(results.times_sooner(arm), seeds)])
     caption = (
-        "Minutes of training, looks left out, until an arm is there: linear between two looks, the first look's where "
-        "that is there already. How many times sooner is paired over seeds: the geometric mean, with the 95 % t "
-        "interval of the logarithms"
+        "Minutes of training, evaluations left out, until an arm is there: linear between two evaluations, the first "
+        "one's where that is there already. How many times sooner is paired over seeds: the geometric mean, with the "
+        "95 % t interval of the logarithms"
     )
     heads = ["arm", f"minutes to {threshold_name(results)}", f"times sooner than {printable(against.name)}"]
     return Table(caption=caption, head=heads, rows=rows)

@@ -154,7 +154,7 @@ class RunRecord:
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """What the monitor has measured, look by look, with the `minutes` spent in steps until then."""
+        """What the monitor has measured at each evaluation, with the `minutes` spent in steps until then."""
         return [
             {"minutes": float(np.interp(line["step"], *self._clock)) / 60}
             | {name: value for name, value in line.items() if math.isfinite(value)}

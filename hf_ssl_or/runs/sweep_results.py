@@ -11,7 +11,7 @@ from hf_ssl_or.runs.labels import MetricLabel, metric_label, printable
 from hf_ssl_or.runs.representations import Representations
 from hf_ssl_or.runs.results import SCHEMA_VERSION, Environment, Metric, Record
 from hf_ssl_or.runs.statistics import Difference, paired_difference, summarize
-from hf_ssl_or.runs.time_to import Look, TimeTo, first_minutes, points
+from hf_ssl_or.runs.time_to import CurvePoint, TimeTo, first_minutes, points
 
 MARK = "sweep.json"  # the file that makes a folder a sweep's
 TABLE = "table.md"
@@ -24,7 +24,7 @@ class RunValues(Record):
     Attributes:
         seed: Its seed.
         metrics: Values by column; none for a run that has failed or has not been run.
-        curve: What the monitor has measured, look by look, each with the `minutes` of training until then.
+        curve: What the monitor has measured at each evaluation, with the `minutes` of training until then.
         failure: Why it has failed.
         environment: Software and kind of device; None for a command, and where there are no metrics.
         weights_sha256: Hash of the weights that were evaluated.
@@ -33,7 +33,7 @@ class RunValues(Record):
 
     seed: int
     metrics: dict[str, float] = field(default_factory=dict)
-    curve: list[Look] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
     failure: str | None = None
     environment: Environment | None = None
     weights_sha256: str | None = None
@@ -72,9 +72,9 @@ class ArmValues(Record):
         return summarize(values) if values else None
 
     def points(self, metric: str) -> dict[int, list[tuple[float, float]]]:
-        """Returns (minutes, value) of every look by seed, of the seeds that have any."""
+        """Returns (minutes, value) of every evaluation by seed, of the seeds that have any."""
         found = {run.seed: points(run.curve, metric) for run in self.runs}
-        return {seed: looks for seed, looks in found.items() if looks}
+        return {seed: curve for seed, curve in found.items() if curve}
 
     @property
     def failure(self) -> str | None:
@@ -134,11 +134,11 @@ class SweepResults(Record):
         if self.time_to.value is not None:
             return {run.seed: self.time_to.value for arm in self.arms for run in arm.runs}
         arm = next((one for one in self.arms if one.name == self.time_to.arm), None)
-        return {} if arm is None else {seed: looks[-1][1] for seed, looks in arm.points(self.time_to.metric).items()}
+        return {} if arm is None else {seed: curve[-1][1] for seed, curve in arm.points(self.time_to.metric).items()}
 
     @property
     def threshold(self) -> float | None:
-        """The mean of `thresholds`; None without, and while no run of the arm that gives them has looked."""
+        """The mean of `thresholds`; None without, and while no run of the arm that gives them has been evaluated."""
         return statistics.fmean(self.thresholds.values()) if self.thresholds else None
 
     def minutes_to(self, arm: ArmValues) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""How soon a run is as good as wanted: minutes of training until a measure of the monitor's looks is at a value."""
+"""How soon a run is as good as wanted: minutes of training until a measure of the monitor is at a value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 from hf_ssl_or.runs.results import Record
 
 MINUTES = "minutes"
-Look = dict[str, float]
+CurvePoint = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class TimeTo(Record):
     """What arms are timed to.
 
     Attributes:
-        metric: A measure of the monitor's looks.
+        metric: A measure of the monitor.
         arm: Name of the arm whose last value is to be reached, seed by seed; None for `value`.
         value: The value to be reached; None for that of `arm`.
     """
@@ -27,15 +27,15 @@ class TimeTo(Record):
     value: float | None = None
 
 
-def points(curve: Sequence[Look], metric: str) -> list[tuple[float, float]]:
-    """Returns (minutes, value) of each look that has a metric."""
-    return [(look[MINUTES], look[metric]) for look in curve if metric in look]
+def points(curve: Sequence[CurvePoint], metric: str) -> list[tuple[float, float]]:
+    """Returns (minutes, value) of each evaluation that has a metric."""
+    return [(point[MINUTES], point[metric]) for point in curve if metric in point]
 
 
-def first_minutes(curve: Sequence[Look], metric: str, threshold: float) -> float | None:
+def first_minutes(curve: Sequence[CurvePoint], metric: str, threshold: float) -> float | None:
     """Returns the minutes until a metric first is at a threshold or over it; None where it never is.
 
-    They are linear between two looks; where the first look is over it already, they are the first look's.
+    They are linear between two evaluations; where the first is over it already, they are the first one's.
     """
     found = points(curve, metric)
     if found and found[0][1] >= threshold:

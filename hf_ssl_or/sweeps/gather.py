@@ -15,7 +15,7 @@ from hf_ssl_or.runs.labels import printable
 from hf_ssl_or.runs.reader import read_run
 from hf_ssl_or.runs.results import Evaluation, read_results
 from hf_ssl_or.runs.sweep_results import ArmValues, RunValues, SweepResults
-from hf_ssl_or.runs.time_to import MINUTES, Look
+from hf_ssl_or.runs.time_to import MINUTES, CurvePoint
 from hf_ssl_or.sweeps.plan import LABEL_FREE, RECIPE, Arm, Plan
 from hf_ssl_or.training.description import identity
 
@@ -148,7 +148,7 @@ def _transfer(folder: Path) -> list[Evaluation]:
     return [Evaluation.from_dict(entry, f"{path}: evaluations") for entry in entries]
 
 
-def _command_results(folder: Path) -> tuple[dict[str, float], list[Look]]:
+def _command_results(folder: Path) -> tuple[dict[str, float], list[CurvePoint]]:
     """Reads what a command measured: its metrics and, where it left one, its curve.
 
     Raises:
@@ -159,13 +159,13 @@ def _command_results(folder: Path) -> tuple[dict[str, float], list[Look]]:
     metrics, curve = tree.get("metrics"), tree.get("curve", [])
     if not isinstance(metrics, dict) or not metrics:
         raise InputError(f'{path}: holds no {{"metrics": {{name: number}}}}')
-    if not isinstance(curve, list) or not all(isinstance(look, dict) and MINUTES in look for look in curve):
+    if not isinstance(curve, list) or not all(isinstance(point, dict) and MINUTES in point for point in curve):
         raise InputError(f'{path}: curve: is no list of {{"minutes": number, name: number}}')
-    looks = [_numbers(look, f"{path}: curve.{i}") for i, look in enumerate(curve)]
-    for i, (before, after) in enumerate(pairwise([0.0, *(look[MINUTES] for look in looks)])):
+    points = [_numbers(point, f"{path}: curve.{i}") for i, point in enumerate(curve)]
+    for i, (before, after) in enumerate(pairwise([0.0, *(point[MINUTES] for point in points)])):
         if after <= before:
             raise InputError(f"{path}: curve.{i}.minutes: {after:g} is not above {before:g}; minutes must increase")
-    return _numbers(metrics, f"{path}: metrics"), looks
+    return _numbers(metrics, f"{path}: metrics"), points
 
 
 def _numbers(tree: dict[str, Any], where: str) -> dict[str, float]:

@@ -268,7 +268,9 @@ class _Reader:
             raise self.error(f"time_to.value: a number is wanted, not {threshold!r:.80}")
         for one in arms:
             if one.recipe is not None and not one.recipe.training.monitor_every:
-                raise self.error(f"time_to: arm {one.name} never looks; set training.monitor_every")
+                raise self.error(
+                    f"time_to: arm {one.name} is not evaluated while it trains; set training.monitor_every"
+                )
         return TimeTo(metric=metric, arm=arm, value=threshold)
 
     # -- arms ---------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ COMMAND = ["python", "loop.py", "{output}", "{seed}"]
         ({"time_to": {"metric": "knn", "value": float("nan")}}, "time_to.value: a number"),
         (
             {"time_to": {"metric": "knn", "value": 80}, "overrides": ["training.monitor_every=0"]},
-            "time_to: arm so never looks; set training.monitor_every",
+            "time_to: arm so is not evaluated while it trains; set training.monitor_every",
         ),
         ({"spectra": ["non"]}, "spectra: unknown arm 'non': did you mean 'none'"),
         ({"umap": ["so", "so"]}, "umap: names one twice"),
