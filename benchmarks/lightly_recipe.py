@@ -16,8 +16,8 @@ that moves once per epoch. Views are normalized with the recipe's mean and stand
 
 After each epoch kNN is measured on the images that the monitor of a run takes, and at the end the protocols of the
 recipe are run, as after a run. Minutes are those of training, waiting for views included and evaluations left out, as
-in a run's log. On a CPU the same seed gives the same weights. Writes results.json into `--output`: the columns of a run,
-and its `curve`.
+in a run's log. On a CPU the same seed gives the same weights. Writes results.json into `--output`: the columns of a
+run, and its `curve`.
 """
 
 from __future__ import annotations
